@@ -23,3 +23,7 @@ class CapacityError(OrcdJaxError):
 
 class DownloadError(OrcdJaxError):
     """A model file could not be fetched or verified."""
+
+
+class NonFiniteError(OrcdJaxError):
+    """The model computed logits that are not finite."""

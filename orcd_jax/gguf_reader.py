@@ -9,6 +9,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import re
@@ -256,7 +257,9 @@ class _Header:
         for name, (shape, kind, offset) in entries.items():
             block, block_bytes = GGML_QUANT_SIZES[kind]
             if shape[-1] % block:
-                self.fail(f"tensor {name!r} has rows of {shape[-1]}; expected a multiple of {kind.name}'s block, {block}")
+                self.fail(
+                    f"tensor {name!r} has rows of {shape[-1]}; expected a multiple of {kind.name}'s block, {block}"
+                )
             rows, row_bytes = math.prod(shape[:-1]), shape[-1] // block * block_bytes
             begin = start + offset
             end = begin + rows * row_bytes
@@ -266,7 +269,7 @@ class _Header:
             data = np.frombuffer(self.map, np.uint8, rows * row_bytes, begin).reshape(rows, row_bytes)
             infos[name] = TensorInfo(name, shape, kind, data)
         spans.sort()
-        for (_, end, name), (begin, _, other) in zip(spans, spans[1:]):
+        for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
             if begin < end:
                 self.fail(f"tensors {name!r} and {other!r} overlap")
         return infos

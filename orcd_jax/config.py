@@ -1,0 +1,303 @@
+"""ModelConfig: everything static about a model, from GGUF metadata or a preset, and the byte and FLOP formulas.
+
+Dimensions: B batch, T queries a row, S cache length, D model width, F feed-forward width, N query heads,
+K key/value heads, G = N / K, H head width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from orcd_jax.errors import GGUFError, RequestError
+from orcd_jax.gguf_reader import GGUFFile
+from orcd_jax.quantize import BLOCK
+
+ARCHITECTURES = ("llama", "phi3", "qwen2")
+
+WeightFormat = Literal["int8", "bf16", "f32"]
+
+# Microsoft's own Phi-3-mini-4k GGUF lacks the key; the model was trained with this window
+# (huggingface.co/microsoft/Phi-3-mini-4k-instruct, config.json).
+_PHI3_4K_WINDOW = 2047
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder's shapes and switches. Hashable: it is a static argument of every compiled program."""
+
+    name: str
+    architecture: str
+    vocab_size: int  # V, rows of the embedding; ids from known_tokens on are padding and never sampled
+    d_model: int  # D
+    n_layers: int  # L
+    n_heads: int  # N
+    n_kv_heads: int  # K
+    head_dim: int  # H
+    d_ff: int  # F
+    context_length: int
+    rms_norm_eps: float
+    rope_theta: float
+    rotary_dim: int | None = None  # R, the rotated part of a head; None: all of it
+    rope_divisors: tuple[float, ...] | None = None  # [R / 2], each frequency is divided by its own
+    rope_magnitude: float = 1.0  # factor on cos and sin
+    qkv_bias: bool = False
+    tied_head: bool = False
+    sliding_window: int | None = None
+    known_tokens: int | None = None  # None: all V
+    stop_ids: tuple[int, ...] = ()
+    dtype: str = "float32"  # of activations and cache
+
+    @property
+    def activation_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+    @property
+    def query_group(self) -> int:
+        """G, query heads for each key/value head."""
+        return self.n_heads // self.n_kv_heads
+
+    def rope_frequencies(self) -> np.ndarray:
+        """Radians a position for each rotated pair, float32 [R / 2]: theta^(-2 i / R), divided by the divisors.
+
+        Su et al. 2021, https://arxiv.org/abs/2104.09864; the divisors carry linear, Llama 3 and longrope scaling.
+        """
+        rotary = self.rotary_dim or self.head_dim
+        frequencies = self.rope_theta ** (-np.arange(0, rotary, 2, dtype=np.float64) / rotary)
+        if self.rope_divisors is not None:
+            frequencies = frequencies / np.asarray(self.rope_divisors, np.float64)
+        return frequencies.astype(np.float32)
+
+    # Parameters
+
+    def layer_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Shapes of one decoder block's parameters, by module and name."""
+        d, f, h = self.d_model, self.d_ff, self.head_dim
+        qkv = (self.n_heads + 2 * self.n_kv_heads) * h
+        attention = {"norm": (d,), "qkv": (qkv, d), "out": (d, self.n_heads * h)}
+        if self.qkv_bias:
+            attention["qkv_bias"] = (qkv,)
+        return {"attention": attention, "swiglu": {"norm": (d,), "gate_up": (2 * f, d), "down": (d, f)}}
+
+    def outer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters outside the blocks."""
+        shapes = {"embedding": (self.vocab_size, self.d_model), "norm": (self.d_model,)}
+        return shapes if self.tied_head else {**shapes, "head": (self.vocab_size, self.d_model)}
+
+    def param_count(self) -> int:
+        """Number of weights, padding included."""
+        layer = sum(math.prod(s) for module in self.layer_shapes().values() for s in module.values())
+        return self.n_layers * layer + sum(math.prod(s) for s in self.outer_shapes().values())
+
+    # Bytes and operations
+
+    def weight_bytes(self, weights: WeightFormat) -> int:
+        """Bytes of all parameters as stored on the device."""
+        layer = sum(array_bytes(s, weights) for module in self.layer_shapes().values() for s in module.values())
+        return self.n_layers * layer + sum(array_bytes(s, weights) for s in self.outer_shapes().values())
+
+    def step_bytes(self, weights: WeightFormat, batch: int = 1, length: int = 0) -> int:
+        """Bytes that one decode step must read: every weight but the embedding's unused rows, and the cache."""
+        total = self.weight_bytes(weights) + self.cache_bytes(batch, length)
+        if not self.tied_head:
+            total -= array_bytes((self.vocab_size, self.d_model), weights)
+        return total
+
+    def cache_bytes(self, batch: int, length: int) -> int:
+        """Bytes of a full cache: 2 L K H a token and row, of the activation dtype. Every layer has its own."""
+        per_token = 2 * self.n_layers * self.n_kv_heads * self.head_dim * self.activation_dtype.itemsize
+        return batch * length * per_token
+
+    def workspace_bytes(self, batch: int, chunk: int, length: int) -> int:
+        """Estimated bytes of temporaries when `chunk` tokens a row run against a cache of `length`.
+
+        The larger of a block's activations (attention scores in float32, twice, as plain XLA writes them) and the
+        head (logits in float32, sorted for sampling), beside the residual stream.
+        """
+        item = self.activation_dtype.itemsize
+        tokens = batch * chunk
+        scores = 2 * 4 * tokens * self.n_heads * length
+        block = scores + tokens * (3 * 4 * self.d_ff + 2 * item * self.d_model)
+        head = 4 * 4 * batch * self.vocab_size
+        return max(block, head) + tokens * self.d_model * item
+
+    def token_flops(self, length: int = 0) -> int:
+        """Floating-point operations of one token through every matrix and `length` cached positions."""
+        matrices = sum(math.prod(s) for m in self.layer_shapes().values() for s in m.values() if len(s) == 2)
+        attention = 2 * self.n_heads * self.head_dim * length
+        return 2 * (self.n_layers * (matrices + attention) + self.vocab_size * self.d_model)
+
+    # Where a config comes from
+
+    @classmethod
+    def from_preset(cls, name: str) -> ModelConfig:
+        """Read `configs/NAME.toml`.
+
+        Raises:
+          RequestError: for an unknown name; it lists the known ones.
+        """
+        folder = resources.files("configs")
+        path = folder / f"{name}.toml"
+        if not path.is_file():
+            known = sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml"))
+            raise RequestError(f"no preset {name!r}; there are {', '.join(known)}")
+        return cls(**tomllib.loads(path.read_text(encoding="utf-8")))
+
+    @classmethod
+    def from_gguf(cls, file: GGUFFile, context: int | None = None) -> ModelConfig:
+        """Read a config from a file's metadata and tensor shapes.
+
+        Args:
+          file: the opened file, with its tensors.
+          context: the context to be used, which decides between longrope's short and long factors; None: the model's.
+
+        Raises:
+          GGUFError: if the architecture is not supported, or a key is missing, of the wrong type, out of range, or
+            contradicts a tensor's shape.
+        """
+        return _from_gguf(file, context)
+
+
+def array_bytes(shape: tuple[int, ...], weights: WeightFormat) -> int:
+    """Bytes of a parameter as stored: vectors in float32, matrices in the given format (see `loader`)."""
+    if len(shape) == 1 or weights == "f32":
+        return 4 * math.prod(shape)
+    if weights == "bf16" or shape[-1] % BLOCK:
+        return 2 * math.prod(shape)
+    return math.prod(shape) + 2 * math.prod(shape) // BLOCK
+
+
+class _Metadata:
+    """Typed, range-checked access to a file's keys under its architecture's prefix."""
+
+    def __init__(self, file: GGUFFile, prefix: str):
+        self.file, self.prefix = file, prefix
+
+    def fail(self, key: str, found: object, expected: str) -> GGUFError:
+        shown = repr(found) if len(repr(found)) < 80 else f"{type(found).__name__} of length {len(found)}"  # type: ignore[arg-type]
+        return GGUFError(f"{self.file.path}: {self.prefix}.{key} is {shown}; expected {expected}")
+
+    def integer(self, key: str, default: int | None = None, low: int = 1, high: int = 1 << 24) -> int:
+        value = self.file.metadata.get(f"{self.prefix}.{key}", default)
+        if value is None:
+            raise GGUFError(f"{self.file.path}: the key {self.prefix}.{key} is missing")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.fail(key, value, f"an integer from {low} to {high}")
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        value = self.file.metadata.get(f"{self.prefix}.{key}", default)
+        if value is None:
+            raise GGUFError(f"{self.file.path}: the key {self.prefix}.{key} is missing")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e18:
+            raise self.fail(key, value, "a positive, finite number")
+        return float(value)
+
+    def get(self, key: str) -> Any:
+        return self.file.metadata.get(f"{self.prefix}.{key}")
+
+
+def _from_gguf(file: GGUFFile, context: int | None) -> ModelConfig:
+    architecture = file.metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise GGUFError(f"{file.path}: the architecture is {architecture!r}; supported are {', '.join(ARCHITECTURES)}")
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        what = "only a vocabulary, no weights" if not file.tensors else "no tensor 'token_embd.weight'"
+        raise GGUFError(f"{file.path}: holds {what}")
+
+    meta = _Metadata(file, architecture)
+    if meta.get("expert_count"):
+        raise GGUFError(f"{file.path}: is a mixture of experts, which is not supported")
+    d_model = meta.integer("embedding_length")
+    n_heads = meta.integer("attention.head_count", high=1 << 12)
+    n_kv_heads = meta.integer("attention.head_count_kv", default=n_heads, high=1 << 12)
+    if n_heads % n_kv_heads:
+        raise meta.fail("attention.head_count_kv", n_kv_heads, f"a divisor of the {n_heads} heads")
+    head_dim = meta.integer("attention.key_length", default=max(d_model // n_heads, 1), high=1 << 12)
+    if meta.integer("attention.value_length", default=head_dim) != head_dim:
+        raise meta.fail("attention.value_length", meta.get("attention.value_length"), f"the key length {head_dim}")
+    rotary_dim = meta.integer("rope.dimension_count", default=head_dim, high=head_dim)
+    if rotary_dim % 2 or (architecture == "llama" and rotary_dim != head_dim):
+        raise meta.fail("rope.dimension_count", rotary_dim, f"the head width, {head_dim}, and even")
+    if len(embedding.shape) != 2 or embedding.shape[1] != d_model:
+        raise GGUFError(
+            f"{file.path}: 'token_embd.weight' has the shape {list(embedding.shape)}; expected [vocabulary, {d_model}]"
+        )
+    context_length = meta.integer("context_length")
+    divisors, magnitude = _rope_scaling(file, meta, rotary_dim, context or context_length)
+    window = meta.integer("attention.sliding_window", default=0, low=0)
+    if architecture == "phi3" and meta.get("attention.sliding_window") is None and context_length == 4096:
+        window = _PHI3_4K_WINDOW
+    elif architecture != "phi3" and meta.get("attention.sliding_window") == 0:  # Phi-4's converter writes 0 for none
+        raise meta.fail("attention.sliding_window", 0, "a window of at least 1, or no such key")
+    return ModelConfig(
+        name=str(file.metadata.get("general.name", file.path.stem)),
+        architecture=architecture,
+        vocab_size=embedding.shape[0],
+        d_model=d_model,
+        n_layers=meta.integer("block_count", high=1 << 10),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        d_ff=meta.integer("feed_forward_length"),
+        context_length=context_length,
+        rms_norm_eps=meta.real("attention.layer_norm_rms_epsilon"),
+        rope_theta=meta.real("rope.freq_base", default=10000.0),
+        rotary_dim=None if rotary_dim == head_dim else rotary_dim,
+        rope_divisors=divisors,
+        rope_magnitude=magnitude,
+        qkv_bias=any(f"blk.0.attn_{part}.bias" in file.tensors for part in ("q", "k", "v", "qkv")),
+        tied_head="output.weight" not in file.tensors,
+        sliding_window=window or None,
+    )
+
+
+def _rope_scaling(
+    file: GGUFFile, meta: _Metadata, rotary_dim: int, context: int
+) -> tuple[tuple[float, ...] | None, float]:
+    """Frequency divisors and magnitude of the file's RoPE scaling.
+
+    Llama 3 (`rope_freqs.weight`) and linear scaling are divisors alone. Longrope (Ding et al. 2024,
+    https://arxiv.org/abs/2402.13753) has two sets of divisors, for contexts up to the original one and beyond, and a
+    magnitude sqrt(1 + ln(s) / ln(original)), s the ratio of the contexts.
+    """
+    kind = meta.get("rope.scaling.type") or "none"
+    longrope = "rope_factors_long.weight" in file.tensors or "rope_factors_short.weight" in file.tensors
+    if kind not in ("none", "linear", "longrope"):
+        raise GGUFError(f"{file.path}: RoPE scaling {kind!r} is not supported; only linear, Llama 3 and longrope are")
+    if kind == "longrope" and not longrope:
+        raise GGUFError(f"{file.path}: RoPE scaling is longrope, but 'rope_factors_long.weight' is missing")
+    if longrope:
+        trained = meta.integer("context_length")
+        original = meta.integer("rope.scaling.original_context_length")
+        which = "long" if context > original else "short"
+        divisors = _divisors(file, f"rope_factors_{which}.weight", rotary_dim)
+        ratio = trained / original
+        magnitude = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 and original > 1 else 1.0
+        return divisors, meta.real("rope.scaling.attn_factor", default=magnitude)
+    if "rope_freqs.weight" in file.tensors:
+        return _divisors(file, "rope_freqs.weight", rotary_dim), 1.0
+    # Files from before `rope.scaling.type` have `rope.scale_linear`.
+    factor = meta.real("rope.scaling.factor", default=1.0) if kind == "linear" else meta.real("rope.scale_linear", 1.0)
+    return (None if factor == 1.0 else (factor,) * (rotary_dim // 2)), 1.0
+
+
+def _divisors(file: GGUFFile, name: str, rotary_dim: int) -> tuple[float, ...]:
+    info = file.tensors.get(name)
+    if info is None:
+        raise GGUFError(f"{file.path}: tensor {name!r} is missing")
+    if info.shape != (rotary_dim // 2,) or info.type.name != "F32":
+        raise GGUFError(
+            f"{file.path}: tensor {name!r} is {info.type.name} {list(info.shape)}; expected F32 [{rotary_dim // 2}]"
+        )
+    values = info.data.view("<f4").ravel()
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        raise GGUFError(f"{file.path}: tensor {name!r} has values that are not finite and positive")
+    return tuple(values.tolist())

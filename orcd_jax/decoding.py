@@ -1,0 +1,251 @@
+"""Pure generation: chunked prefill, decoding by `lax.scan`, and both as one program.
+
+Everything a row needs is in `DecodeState`, so that one compiled program serves every prompt, length, seed and
+sampling value of its shapes. Rows never look at each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from orcd_jax.cache import KVCache, init_cache
+from orcd_jax.config import ModelConfig
+from orcd_jax.loader import Params
+from orcd_jax.model import Decoder
+from orcd_jax.sampling import Sampling, penalize, sample
+
+NO_TOKEN = -1  # emitted by a row that has ended
+NOT_FINITE = -2  # emitted by a row whose logits are not finite; it ends there
+MAX_STOP_IDS = 16  # a row's stop ids, padded with NO_TOKEN
+_PREFILL_CHUNK = 512
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeState:
+    """A batch in the middle of generation; donated to each program and given back."""
+
+    cache: KVCache
+    tokens: jax.Array  # int32 [B], the last token of each row, not yet in the cache
+    remaining: jax.Array  # int32 [B], tokens that a row may still emit; 0: it has ended
+    seen: jax.Array  # bool [B, V], tokens of prompt and completion, for the repeat penalty
+    keys: jax.Array  # random keys [B]
+    stop_ids: jax.Array  # int32 [B, MAX_STOP_IDS]
+    sampling: Sampling  # values [B]
+
+
+class Emitted(NamedTuple):
+    """What one step, or each step of a chunk, emits."""
+
+    tokens: jax.Array  # int32 [B], or NO_TOKEN, or NOT_FINITE; a stop id is emitted
+    logprobs: jax.Array | None  # float32 [B], natural log of the token's probability before penalty and truncation
+    top_ids: jax.Array | None  # int32 [B, K], the likeliest tokens
+    top_logprobs: jax.Array | None  # float32 [B, K]
+
+
+def forward(
+    params: Params, config: ModelConfig, tokens: jax.Array, cache: KVCache, counts: jax.Array | None = None
+) -> tuple[jax.Array, KVCache]:
+    """Run tokens against a cache and return every position's logits.
+
+    Args:
+      params: from `load(...).params`.
+      config: static.
+      tokens: int32 [B, T].
+      cache: from `init_cache` or an earlier call, with room for T more tokens a row.
+      counts: int32 [B], how many of a row's tokens are real, the rest being padding; None: all.
+
+    Returns:
+      Logits, float32 [B, T, V], and the cache with the real tokens appended.
+    """
+    hidden, cache = hidden_states(params, config, tokens, cache, counts)
+    return head(params, config, hidden), cache
+
+
+def hidden_states(
+    params: Params, config: ModelConfig, tokens: jax.Array, cache: KVCache, counts: jax.Array | None = None
+) -> tuple[jax.Array, KVCache]:
+    """As `forward`, but final hidden states [B, T, D] in place of logits."""
+    if counts is None:
+        counts = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
+    result: Any = Decoder(config).apply({"params": params}, tokens, cache, counts)
+    return result
+
+
+def head(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """Logits, float32 [..., V], of hidden states [..., D]."""
+    logits: Any = Decoder(config).apply({"params": params}, hidden, method="head")
+    return logits
+
+
+def next_logprobs(
+    params: Params, config: ModelConfig, tokens: jax.Array, cache: KVCache, counts: jax.Array
+) -> tuple[jax.Array, KVCache]:
+    """Teacher-forced log-probabilities of each position's next token.
+
+    Args:
+      params, config, cache: as in `forward`.
+      tokens: int32 [B, T + 1], the last one only a target.
+      counts: int32 [B], real positions among the first T.
+
+    Returns:
+      float32 [B, T], natural log of each next token's probability, and the cache with the real tokens appended.
+    """
+    logits, cache = forward(params, config, tokens[:, :-1], cache, counts)
+    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1), cache
+
+
+def init_state(
+    config: ModelConfig, remaining: jax.Array, keys: jax.Array, stop_ids: jax.Array, sampling: Sampling, length: int
+) -> DecodeState:
+    """A state with an empty cache of `length` tokens a row; the other arguments are fields of `DecodeState`."""
+    batch = remaining.shape[0]
+    return DecodeState(
+        cache=init_cache(config, batch, length),
+        tokens=jnp.zeros(batch, jnp.int32),
+        remaining=remaining,
+        seen=jnp.zeros((batch, config.vocab_size), bool),
+        keys=keys,
+        stop_ids=stop_ids,
+        sampling=sampling,
+    )
+
+
+def prefill(
+    params: Params, config: ModelConfig, state: DecodeState, hidden: jax.Array, tokens: jax.Array, counts: jax.Array
+) -> tuple[DecodeState, jax.Array]:
+    """Append a chunk of prompt.
+
+    Args:
+      params, config: the model.
+      state: what came before.
+      hidden: [B, D], each row's last hidden state so far.
+      tokens: int32 [B, T], right-padded.
+      counts: int32 [B], real tokens of each row in this chunk, 0 for a row whose prompt has ended.
+
+    Returns:
+      The state, and each row's last hidden state, which stays as it was for a row without tokens.
+    """
+    states, cache = hidden_states(params, config, tokens, state.cache, counts)
+    last = jnp.clip(counts - 1, 0, tokens.shape[1] - 1)
+    newest = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
+    hidden = jnp.where(counts[:, None] > 0, newest, hidden)
+    offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    real = jnp.where(offsets < counts[:, None], tokens, config.vocab_size)  # padding falls outside and is dropped
+    rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
+    return replace(state, cache=cache, seen=state.seen.at[rows, real].set(True, mode="drop")), hidden
+
+
+def emit(
+    params: Params, config: ModelConfig, state: DecodeState, hidden: jax.Array, top_logprobs: int | None = None
+) -> tuple[DecodeState, Emitted]:
+    """Choose each row's next token from its last hidden state [B, D].
+
+    Args:
+      top_logprobs: None: no log-probabilities; K >= 0: the chosen token's, and those of the K likeliest.
+    """
+    logits = head(params, config, hidden)
+    with jax.named_scope("sampling"):
+        return _emit(config, state, logits, top_logprobs)
+
+
+def _emit(
+    config: ModelConfig, state: DecodeState, logits: jax.Array, top_logprobs: int | None
+) -> tuple[DecodeState, Emitted]:
+    known = config.known_tokens or config.vocab_size
+    ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    masked = jnp.where(ids < known, logits, -jnp.inf)
+    penalized = penalize(masked, state.seen, state.sampling.repeat_penalty)
+    tokens = sample(penalized, state.sampling, state.keys, state.cache.lengths)
+
+    running = state.remaining > 0
+    finite = jnp.isfinite(jnp.max(masked, axis=-1))
+    emitted = jnp.where(running, jnp.where(finite, tokens, NOT_FINITE), NO_TOKEN)
+    stopped = jnp.any(state.stop_ids == emitted[:, None], axis=-1) | ~finite
+    rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    state = replace(
+        state,
+        tokens=tokens,
+        remaining=jnp.where(running & ~stopped, state.remaining - 1, 0),
+        seen=state.seen.at[rows, tokens].set(True),
+    )
+    if top_logprobs is None:
+        return state, Emitted(emitted, None, None, None)
+    logprobs = jax.nn.log_softmax(masked, axis=-1)
+    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    return state, Emitted(emitted, chosen, *reversed(lax.top_k(logprobs, top_logprobs)))
+
+
+def decode(
+    params: Params, config: ModelConfig, state: DecodeState, steps: int, top_logprobs: int | None = None
+) -> tuple[DecodeState, Emitted]:
+    """Decode `steps` tokens a row with the cache as carried state.
+
+    Returns:
+      The state, and what the steps emitted, each array [steps, B, ...].
+    """
+
+    def step(state: DecodeState, _: None) -> tuple[DecodeState, Emitted]:
+        counts = (state.remaining > 0).astype(jnp.int32)  # a row that has ended writes nothing
+        hidden, cache = hidden_states(params, config, state.tokens[:, None], state.cache, counts)
+        return emit(params, config, replace(state, cache=cache), hidden[:, 0], top_logprobs)
+
+    return lax.scan(step, state, None, length=steps)
+
+
+@partial(jax.jit, static_argnames=("config", "max_new_tokens"))
+def generate_tokens(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    key: jax.Array,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+) -> jax.Array:
+    """Generate from a batch of prompts in one program.
+
+    Args:
+      params: from `load(...).params`.
+      config: static; `config.stop_ids` end a row.
+      tokens: int32 [B, T], right-padded prompts.
+      lengths: int32 [B], 1 to T, tokens of each prompt.
+      key: one random key, used by every row, so that a row's draws do not depend on its place in the batch; or keys
+        [B], e.g. `jax.random.split(key, B)`, for different draws from like prompts.
+      max_new_tokens: N, static.
+      sampling: numbers, or arrays [B].
+
+    Returns:
+      int32 [B, N]: each row's tokens up to and including its stop id, then -1.
+    """
+    batch, length = tokens.shape
+    keys = key if key.ndim else jnp.broadcast_to(key, (batch,))
+    stop_ids = jnp.asarray([(*config.stop_ids, *[NO_TOKEN] * MAX_STOP_IDS)[:MAX_STOP_IDS]], jnp.int32)
+    stop_ids = jnp.broadcast_to(stop_ids, (batch, MAX_STOP_IDS))
+    remaining = jnp.full(batch, max_new_tokens, jnp.int32)
+    state = init_state(config, remaining, keys, stop_ids, sampling.rows(batch), length + max_new_tokens)
+    hidden = jnp.zeros((batch, config.d_model), config.activation_dtype)
+
+    chunk = min(length, _PREFILL_CHUNK)
+    chunks = -(-length // chunk)
+    padded = jnp.pad(tokens, ((0, 0), (0, chunks * chunk - length))).reshape(batch, chunks, chunk).swapaxes(0, 1)
+    starts = chunk * jnp.arange(chunks, dtype=jnp.int32)
+
+    def prefill_chunk(
+        carry: tuple[DecodeState, jax.Array], xs: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[DecodeState, jax.Array], None]:
+        piece, start = xs
+        return prefill(params, config, *carry, piece, jnp.clip(lengths - start, 0, chunk)), None
+
+    (state, hidden), _ = lax.scan(prefill_chunk, (state, hidden), (padded, starts))
+    state, first = emit(params, config, state, hidden)
+    _, rest = decode(params, config, state, max_new_tokens - 1)
+    return jnp.concatenate([first.tokens[:, None], rest.tokens.T], axis=1)

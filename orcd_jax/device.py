@@ -1,0 +1,84 @@
+"""The device a model runs on, and how much memory it has."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import jax
+import psutil
+
+from orcd_jax.errors import CapacityError, RequestError
+
+
+def select_device(platform: str | None = None) -> jax.Device:
+    """Return the first device of "cpu" or "gpu", or JAX's default device for None.
+
+    Raises:
+      RequestError: if there is no such device.
+    """
+    if platform not in (None, "cpu", "gpu"):
+        raise RequestError(f"unknown device {platform!r}; expected cpu or gpu")
+    try:
+        return jax.devices(platform)[0]
+    except RuntimeError:
+        hint = "; install orcd-jax with the extra cuda12 or cuda13" if platform == "gpu" else ""
+        raise RequestError(f"JAX finds no {platform or 'usable'} device{hint}") from None
+
+
+def available_bytes(device: jax.Device) -> int:
+    """Bytes that can still be allocated: of the device's pool, or of the host's memory (control group included)."""
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        return stats.get("bytes_limit", sys.maxsize) - stats.get("bytes_in_use", 0)
+    free = psutil.virtual_memory().available
+    limit, usage = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        return min(free, int(limit.read_text()) - int(usage.read_text()))
+    except (OSError, ValueError):  # no control group, or no limit ("max")
+        return free
+
+
+def peak_bytes(device: jax.Device) -> int:
+    """Most bytes in use so far: of the device's pool, or of the process where the host's memory is the device's."""
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# Bytes a second that a device's memory can deliver, by its name in JAX (vendors' data sheets).
+_PEAK_BANDWIDTH = {
+    "NVIDIA H200": 4.8e12,
+    "NVIDIA H100 80GB HBM3": 3.35e12,
+    "NVIDIA H100 PCIe": 2.0e12,
+    "NVIDIA A100-SXM4-80GB": 2.039e12,
+    "NVIDIA A100-SXM4-40GB": 1.555e12,
+    "NVIDIA L4": 0.3e12,
+    "NVIDIA GeForce RTX 4090": 1.008e12,
+    "NVIDIA GeForce RTX 3090": 0.936e12,
+}
+
+
+def peak_bandwidth(device: jax.Device) -> float | None:
+    """Bytes a second of the device's memory at best, where that is known."""
+    return _PEAK_BANDWIDTH.get(device.device_kind)
+
+
+def gibibytes(count: int) -> str:
+    """Bytes for people, in GiB or MiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def check_fits(required: int, device: jax.Device, what: str, advice: str) -> None:
+    """Refuse an allocation before it is tried.
+
+    Raises:
+      CapacityError: with the bytes required and available, and `advice` on what would fit.
+    """
+    available = available_bytes(device)
+    if required > available:
+        raise CapacityError(
+            f"{what} needs {required:,} bytes ({gibibytes(required)}), but {available:,} ({gibibytes(available)}) "
+            f"are available on {device}; {advice}"
+        )

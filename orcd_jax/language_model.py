@@ -1,0 +1,692 @@
+"""LanguageModel: a loaded file, its compiled programs, and the ways to run them.
+
+Shapes come in buckets (batch, prompt chunk, cache length), so that any request runs on a few programs, each compiled
+once. While the host reads one chunk of tokens, the next is already running.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from os import PathLike
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from orcd_jax import decoding, hub
+from orcd_jax.cache import init_cache
+from orcd_jax.chat import ChatTemplate
+from orcd_jax.config import ModelConfig, WeightFormat
+from orcd_jax.device import available_bytes, check_fits, gibibytes, peak_bytes, select_device
+from orcd_jax.errors import CapacityError, GGUFError, NonFiniteError, RequestError
+from orcd_jax.gguf_reader import GGUFFile
+from orcd_jax.loader import Params, load_params
+from orcd_jax.sampling import Sampling, row_keys
+from orcd_jax.tokenizer import StreamDecoder, Tokenizer
+
+FinishReason = Literal["stop", "length", "context"]
+
+MAX_LOGPROBS = 20
+_SHORTEST_CACHE = 256
+_SCORE_CHUNK = 128
+
+
+@dataclass(frozen=True)
+class _Buckets:
+    """Static sizes that suit a platform."""
+
+    prefill: tuple[int, ...]  # tokens a row in one prefill program, ascending
+    steps: int  # tokens decoded between two looks of the host
+    batch: int  # most rows in one program
+
+
+_BUCKETS = {"cpu": _Buckets((32, 128, 512), 8, 32), "gpu": _Buckets((32, 128, 512, 2048), 32, 128)}
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds and rates of a request, or of the batch that it was part of. Compilation is in `compile_s` alone."""
+
+    load_s: float
+    compile_s: float
+    ttft_s: float  # from the request to the first token on the host
+    prefill_tok_s: float
+    decode_tok_s: float  # of all rows together, after the first token
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural log-probabilities at one position, before penalty, truncation and temperature."""
+
+    logprob: float  # of the token that was chosen
+    top: dict[int, float]  # of the likeliest tokens, by id, likeliest first
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came of one prompt. `token_ids` leaves out the stop id; `text` ends before a stop text."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: FinishReason
+    prompt_tokens: int
+    seed: int
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-likelihood (natural log) of a text: the sum over `tokens` scored tokens, all but the first."""
+
+    log_likelihood: float
+    tokens: int
+    perplexity: float
+
+
+@dataclass
+class _Row:
+    """One prompt on its way through a batch."""
+
+    ids: list[int]
+    budget: int
+    limit: FinishReason  # what it means to use the budget up
+    sampling: Sampling
+    seed: int
+    stop_ids: tuple[int, ...]
+    decoder: StreamDecoder
+    pieces: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def accept(self, token: int, logprobs: TokenLogprobs | None) -> str:
+        """Take one token of the device's and return the text that it settles."""
+        if self.finish_reason is not None:
+            return ""
+        if token == decoding.NOT_FINITE:
+            raise NonFiniteError(
+                f"the model's logits are not finite after {len(self.ids) + len(self.token_ids)} tokens; "
+                "its weights, or activations in bfloat16, overflow: try weights='f32'"
+            )
+        if token in self.stop_ids:
+            self.finish_reason = "stop"
+            return self._settle(self.decoder.flush())
+        self.token_ids.append(token)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+        piece = self.decoder.push([token])
+        if self.decoder.stopped:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) == self.budget:
+            self.finish_reason = self.limit
+            piece += self.decoder.flush()
+            if self.decoder.stopped:
+                self.finish_reason = "stop"
+        return self._settle(piece)
+
+    def _settle(self, piece: str) -> str:
+        self.pieces.append(piece)
+        return piece
+
+    def completion(self, timings: Timings, with_logprobs: bool) -> Completion:
+        """The row as it stands; one that was interrupted counts as ended by length."""
+        return Completion(
+            text="".join(self.pieces),
+            token_ids=self.token_ids,
+            logprobs=self.logprobs if with_logprobs else None,
+            finish_reason=self.finish_reason or "length",
+            prompt_tokens=len(self.ids),
+            seed=self.seed,
+            timings=timings,
+        )
+
+
+class _Clock:
+    """When things happened in one run of a batch."""
+
+    def __init__(self, load_s: float):
+        self.load_s, self.compile_s = load_s, 0.0
+        self.start = self.first = self.last = time.perf_counter()
+        self.prompt_tokens = self.new_tokens = self.rows = 0
+
+    def timings(self) -> Timings:
+        ttft = max(self.first - self.start, 1e-9)
+        decoding_s = self.last - self.first
+        later = self.new_tokens - self.rows
+        return Timings(
+            load_s=self.load_s,
+            compile_s=self.compile_s,
+            ttft_s=ttft,
+            prefill_tok_s=self.prompt_tokens / ttft,
+            decode_tok_s=later / decoding_s if later > 0 and decoding_s > 0 else 0.0,
+        )
+
+
+class Stream:
+    """Iterator over pieces of text; `completion` is what there is so far, and the whole once it is exhausted."""
+
+    def __init__(self, pieces: Iterator[str], completion: Callable[[], Completion]):
+        self._pieces, self._completion = pieces, completion
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def completion(self) -> Completion:
+        return self._completion()
+
+
+class LanguageModel:
+    """A model on a device. Made by `load`; methods may be called from several threads.
+
+    Attributes:
+      config: frozen, static in every program.
+      params: the pytree that `forward` and `generate_tokens` take.
+      tokenizer: text to ids and back.
+      context: the most tokens, prompt and completion together, of a row.
+      weights: the format of the matrices.
+      device: where it runs.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        tokenizer: Tokenizer,
+        file: GGUFFile,
+        *,
+        context: int,
+        weights: WeightFormat,
+        device: jax.Device,
+        load_s: float = 0.0,
+    ):
+        self.config, self.params, self.tokenizer, self._file = config, params, tokenizer, file
+        self.context, self.weights, self.device, self.load_s = context, weights, device, load_s
+        self._buckets = _BUCKETS.get(device.platform, _BUCKETS["gpu"])
+        self._programs: dict[Any, jax.stages.Compiled] = {}
+        self._lock = threading.Lock()
+
+    # Text in, text out
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int | Sequence[int] = 64,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        seed: int | Sequence[int] = 0,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Completion]:
+        """Complete prompts as they are, without a chat template.
+
+        Args:
+          prompts: a text, texts, or lists of token ids; a text gets a BOS token if the file asks for one.
+          max_new_tokens: at most so many, for all rows or one number a row.
+          sampling: for all rows, or one a row.
+          seed: for all rows, or one a row; 0 to 2^32 - 1. Like rows with like seeds have like completions.
+          stop: texts that end a completion and are not part of it.
+          ignore_eos: do not end at the model's stop ids.
+          logprobs: K from 0 to 20: report each token's log-probability and those of the K likeliest.
+          progress: called with the number of rows that have ended since the last call.
+
+        Returns:
+          One Completion a prompt, in their order.
+
+        Raises:
+          RequestError: for a prompt that is empty, too long, or has ids out of range, or a value out of range.
+          CapacityError: if the cache does not fit the device.
+          NonFiniteError: if the model's logits are not finite.
+        """
+        texts: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        rows = self._rows(texts, max_new_tokens, sampling, seed, stop, ignore_eos)
+        self._check_logprobs(logprobs)
+        completions: dict[int, Completion] = {}
+        # Longest together, so that short rows do not wait in long batches.
+        order = sorted(range(len(rows)), key=lambda i: -(len(rows[i].ids) + rows[i].budget))
+        for first in range(0, len(order), self._buckets.batch):
+            group = order[first : first + self._buckets.batch]
+            clock = _Clock(self.load_s)
+            ended = 0
+            for _ in self._run([rows[i] for i in group], logprobs, clock):
+                now = sum(rows[i].finish_reason is not None for i in group)
+                if progress is not None and now > ended:
+                    progress(now - ended)
+                ended = now
+            timings = clock.timings()
+            completions |= {i: rows[i].completion(timings, logprobs is not None) for i in group}
+        return [completions[i] for i in range(len(rows))]
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 64,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+    ) -> Stream:
+        """Complete one prompt and yield its text piece by piece; arguments as in `generate`.
+
+        The pieces joined are the completion's text. No piece ends inside a character, and what may yet become a stop
+        text is held back.
+        """
+        (row,) = self._rows([prompt], max_new_tokens, sampling, seed, stop, ignore_eos)
+        self._check_logprobs(logprobs)
+        clock = _Clock(self.load_s)
+        pieces = (piece for (piece,) in self._run([row], logprobs, clock) if piece)
+        return Stream(pieces, lambda: row.completion(clock.timings(), logprobs is not None))
+
+    def chat(self, messages: Sequence[dict[str, str]], **options: Any) -> Completion:
+        """Answer a conversation in the file's own chat template; options as in `generate`.
+
+        Args:
+          messages: [{"role": "user", "content": "..."}, ...]. Special tokens in a content are plain text.
+
+        Raises:
+          TemplateError: if the file has no template, or it fails.
+        """
+        return self.generate([self.encode_chat(messages)], **options)[0]
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation in the file's chat template, ready for the answer."""
+        return self.template.encode(messages)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the file holds a chat template, be it right or broken."""
+        return any(key.startswith("tokenizer.chat_template") for key in self._file.metadata)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The file's chat template, compiled when it is first used.
+
+        Raises:
+          TemplateError: if there is none, or it is malformed.
+        """
+        return ChatTemplate.from_gguf(self._file, self.tokenizer)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a text, with a BOS token if the file asks for one."""
+        bos = self.tokenizer.bos_id
+        prefix = [bos] if self.tokenizer.add_bos and bos is not None else []
+        return prefix + self.tokenizer.encode(text)
+
+    # Numbers
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Logits after every token of a sequence, teacher-forced: float32 [T, V]."""
+        ids = self._check_ids(list(token_ids), "the sequence")
+        return np.concatenate([np.asarray(x)[0, :n] for x, n in self._teacher_forced(ids, decoding.forward)])
+
+    def score(self, texts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
+        """Log-likelihood and perplexity of texts (a BOS token first if the file asks for one) or lists of ids."""
+        return [self._score(text) for text in ([texts] if isinstance(texts, str) else texts)]
+
+    def _score(self, text: str | Sequence[int]) -> Score:
+        ids = self._check_ids(self.encode_prompt(text) if isinstance(text, str) else list(text), "the text")
+        if len(ids) < 2:
+            raise RequestError("a text of one token has nothing to score; give at least two tokens")
+        parts = [np.asarray(x)[0, :n] for x, n in self._teacher_forced(ids, decoding.next_logprobs)]
+        total = float(np.concatenate(parts)[:-1].sum(dtype=np.float64))  # the last has no next token
+        return Score(total, len(ids) - 1, float(np.exp(-total / (len(ids) - 1))))
+
+    def _teacher_forced(self, ids: list[int], program: Callable[..., Any]) -> Iterator[tuple[jax.Array, int]]:
+        """Run a sequence in chunks; yield each chunk's result and how many of its positions are real."""
+        clock = _Clock(self.load_s)
+        length = self._cache_bucket(len(ids))
+        self._check_capacity(1, length, _SCORE_CHUNK, 2 * 4 * _SCORE_CHUNK * self.config.vocab_size)
+        cache = self._call(clock, init_cache, (), params=False, batch=1, length=length)
+        for start in range(0, len(ids), _SCORE_CHUNK):
+            piece = ids[start : start + _SCORE_CHUNK + 1]
+            count = min(len(piece), _SCORE_CHUNK)
+            tokens = np.zeros((1, _SCORE_CHUNK + 1), np.int32)
+            tokens[0, : len(piece)] = piece
+            result, cache = self._call(clock, program, (tokens, cache, np.full(1, count, np.int32)), donate=1)
+            yield result, count
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by formula and as they are.
+
+        Returns:
+          weights_bytes: of the parameters as held; weights_formula_bytes: as the config says.
+          kv_bytes_per_token, kv_bytes: of one row's cache, for a token and for the whole context.
+          workspace_formula_bytes: for one row's largest prefill chunk; workspace_bytes: the most temporary memory of
+            any program compiled so far; peak_bytes: the most in use so far on the device (of the process on a CPU).
+        """
+        config, chunk = self.config, self._buckets.prefill[-1]
+        return {
+            "weights_bytes": sum(x.nbytes for x in jax.tree.leaves(self.params)),
+            "weights_formula_bytes": config.weight_bytes(self.weights),
+            "kv_bytes_per_token": config.cache_bytes(1, 1),
+            "kv_bytes": config.cache_bytes(1, self.context),
+            "workspace_formula_bytes": config.workspace_bytes(1, min(chunk, self.context), self.context),
+            "workspace_bytes": max(
+                (p.memory_analysis().temp_size_in_bytes for p in self._programs.values()), default=0
+            ),
+            "peak_bytes": peak_bytes(self.device),
+        }
+
+    # Checks
+
+    def _rows(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_new_tokens: int | Sequence[int],
+        sampling: Sampling | Sequence[Sampling],
+        seed: int | Sequence[int],
+        stop: Sequence[str],
+        ignore_eos: bool,
+    ) -> list[_Row]:
+        count = len(prompts)
+
+        def per_row(value: Any, single: type | tuple[type, ...], name: str) -> list[Any]:
+            values = [value] * count if isinstance(value, single) else list(value)
+            if len(values) != count:
+                raise RequestError(f"{name} has {len(values)} values for {count} prompts")
+            return values
+
+        integer = (int, np.integer)
+        stop = [stop] if isinstance(stop, str) else list(stop)
+        budgets = per_row(max_new_tokens, integer, "max_new_tokens")
+        samplings, seeds = per_row(sampling, Sampling, "sampling"), per_row(seed, integer, "seed")
+        rows = []
+        for index, (prompt, budget, how, row_seed) in enumerate(zip(prompts, budgets, samplings, seeds, strict=True)):
+            what = "the prompt" if count == 1 else f"prompt {index}"
+            if isinstance(budget, bool) or not isinstance(budget, integer) or budget < 1:
+                raise RequestError(f"max_new_tokens is {budget}; expected a whole number of at least 1")
+            if isinstance(row_seed, bool) or not isinstance(row_seed, integer) or not 0 <= row_seed < 1 << 32:
+                raise RequestError(f"seed is {row_seed}; expected a whole number from 0 to {(1 << 32) - 1}")
+            how.check()
+            ids = self._check_ids(self.encode_prompt(prompt) if isinstance(prompt, str) else prompt, what)
+            room = self.context - len(ids)
+            if room < 1:
+                raise RequestError(
+                    f"{what} has {len(ids)} tokens, and a context of {self.context} leaves no room for an answer; "
+                    f"shorten it{'' if self.context == self.config.context_length else ' or ask for more context'}"
+                )
+            rows.append(
+                _Row(
+                    ids=ids,
+                    budget=min(int(budget), room),
+                    limit="length" if budget <= room else "context",
+                    sampling=how,
+                    seed=int(row_seed),
+                    stop_ids=() if ignore_eos else self.tokenizer.stop_ids,
+                    decoder=StreamDecoder(self.tokenizer, stop=stop),
+                )
+            )
+        return rows
+
+    def _check_ids(self, ids: Any, what: str) -> list[int]:
+        if isinstance(ids, int | np.integer):
+            raise RequestError("prompts must be a text, a list of texts, or a list of lists of token ids")
+        ids = list(ids)
+        if not ids:
+            raise RequestError(f"{what} is empty; give at least one token")
+        for token in ids:
+            whole = isinstance(token, int | np.integer) and not isinstance(token, bool)
+            if not whole or not 0 <= token < self.config.vocab_size:
+                raise RequestError(f"{what} has the token id {token!r}; expected 0 to {self.config.vocab_size - 1}")
+        if len(ids) > self.context:
+            raise RequestError(f"{what} has {len(ids)} tokens, more than the context of {self.context}; shorten it")
+        return [int(token) for token in ids]
+
+    def _check_logprobs(self, logprobs: int | None) -> None:
+        highest = min(MAX_LOGPROBS, self.config.vocab_size)
+        if logprobs is not None and (not isinstance(logprobs, int) or not 0 <= logprobs <= highest):
+            raise RequestError(f"logprobs is {logprobs}; expected a whole number from 0 to {highest}")
+
+    def _check_capacity(self, batch: int, length: int, chunk: int, extra: int = 0) -> None:
+        config = self.config
+        cache = config.cache_bytes(batch, length)
+        check_fits(
+            cache + config.workspace_bytes(batch, chunk, length) + extra,
+            self.device,
+            f"a cache of {batch} x {length} tokens ({gibibytes(cache)}) with its workspace",
+            "use a shorter context, fewer rows at a time, or int8 weights",
+        )
+
+    # Programs
+
+    def _run(self, rows: list[_Row], logprobs: int | None, clock: _Clock) -> Iterator[list[str]]:
+        """Prefill and decode rows as one batch; yield each row's new text, chunk by chunk."""
+        batch = 1 << (len(rows) - 1).bit_length()
+        length = self._cache_bucket(max(len(row.ids) + row.budget for row in rows))
+        longest = max(len(row.ids) for row in rows)
+        steps, most = self._buckets.steps, max(row.budget for row in rows)
+        self._check_capacity(batch, length, min(longest, self._buckets.prefill[-1]))
+
+        state = self._init_state(clock, rows, batch, length)
+        hidden = jnp.zeros((batch, self.config.d_model), self.config.activation_dtype, device=self.device)
+        for tokens, counts in self._prompt_chunks(rows, batch, longest):
+            state, hidden = self._call(clock, decoding.prefill, (state, hidden, tokens, counts), donate=(0, 1))
+        state, emitted = self._call(clock, decoding.emit, (state, hidden), donate=0, top_logprobs=logprobs)
+        chunk = jax.tree.map(lambda x: x[None], emitted)
+        dispatched = 1
+        clock.prompt_tokens, clock.rows = sum(len(row.ids) for row in rows), len(rows)
+        while True:
+            following = None
+            if dispatched < most:
+                state, following = self._call(
+                    clock, decoding.decode, (state,), donate=0, steps=steps, top_logprobs=logprobs
+                )
+                dispatched += steps
+            pieces = self._accept(rows, chunk, logprobs)  # waits for the chunk, while the following one runs
+            clock.last = time.perf_counter()
+            if clock.new_tokens == 0:
+                clock.first = clock.last
+            clock.new_tokens = sum(len(row.token_ids) for row in rows)
+            yield pieces
+            if following is None or all(row.finish_reason for row in rows):
+                return
+            chunk = following
+
+    def _accept(self, rows: list[_Row], chunk: decoding.Emitted, logprobs: int | None) -> list[str]:
+        tokens = np.asarray(chunk.tokens)
+        pieces = [""] * len(rows)
+        reports = None if logprobs is None else [np.asarray(x) for x in chunk[1:]]
+        for step in range(tokens.shape[0]):
+            for i, row in enumerate(rows):
+                report = None
+                if reports is not None:
+                    chosen, ids, values = (x[step, i] for x in reports)
+                    report = TokenLogprobs(float(chosen), dict(zip(ids.tolist(), values.tolist(), strict=True)))
+                pieces[i] += row.accept(int(tokens[step, i]), report)
+        return pieces
+
+    def _prompt_chunks(self, rows: list[_Row], batch: int, longest: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Right-padded chunks [batch, T] of the prompts and their counts [batch], T from the buckets."""
+        start = 0
+        while start < longest:
+            # The largest bucket that is more than half used: at most as much padding as text.
+            left = longest - start
+            size = max((b for b in self._buckets.prefill if b < 2 * left), default=self._buckets.prefill[0])
+            tokens, counts = np.zeros((batch, size), np.int32), np.zeros(batch, np.int32)
+            for i, row in enumerate(rows):
+                piece = row.ids[start : start + size]
+                tokens[i, : len(piece)] = piece
+                counts[i] = len(piece)
+            yield tokens, counts
+            start += size
+
+    def _init_state(self, clock: _Clock, rows: list[_Row], batch: int, length: int) -> decoding.DecodeState:
+        padding = batch - len(rows)  # rows that have ended before they begin
+        stop_ids = np.full((batch, decoding.MAX_STOP_IDS), decoding.NO_TOKEN, np.int32)
+        for i, row in enumerate(rows):
+            stop_ids[i, : len(row.stop_ids)] = row.stop_ids
+        columns = {}
+        for name in (f.name for f in fields(Sampling)):
+            values = [getattr(row.sampling, name) for row in rows] + [getattr(GREEDY, name)] * padding
+            columns[name] = np.array(values, np.int32 if name == "top_k" else np.float32)
+        remaining = np.array([row.budget for row in rows] + [0] * padding, np.int32)
+        keys = row_keys([row.seed for row in rows] + [0] * padding)
+        args = (remaining, keys, stop_ids, Sampling(**columns))
+        return self._call(clock, decoding.init_state, args, params=False, length=length)
+
+    def _call(
+        self,
+        clock: _Clock,
+        function: Callable[..., Any],
+        args: tuple,
+        params: bool = True,
+        donate: Any = (),
+        **static: Any,
+    ) -> Any:
+        """Run `function(params, config, *args, **static)`, compiled once for the shapes of args.
+
+        Args:
+          donate: which of args are given away.
+          params: whether the function takes the parameters.
+        """
+        shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(args))
+        key = (function, shapes, tuple(static.items()))
+        with jax.default_device(self.device):
+            with self._lock:
+                if key not in self._programs:
+                    start = time.perf_counter()
+                    self._programs[key] = self._compile(function, args, params, donate, static)
+                    took = time.perf_counter() - start
+                    clock.compile_s += took
+                    clock.start += took
+                program = self._programs[key]
+            try:
+                return program(*((self.params,) if params else ()), *args)
+            except jax.errors.JaxRuntimeError as reason:
+                raise _out_of_memory(reason, self.device) from None
+
+    def _compile(self, function: Callable[..., Any], args: tuple, params: bool, donate: Any, static: dict) -> Any:
+        donated = tuple(i + params for i in np.ravel(donate).astype(int).tolist())
+
+        def call(*args: Any) -> Any:
+            before = args[:params]  # the parameters, if the function takes them
+            return function(*before, self.config, *args[params:], **static)
+
+        call.__name__ = function.__name__  # seen in profiles and dumps
+        try:
+            return jax.jit(call, donate_argnums=donated).lower(*((self.params,) if params else ()), *args).compile()
+        except jax.errors.JaxRuntimeError as reason:
+            raise _out_of_memory(reason, self.device) from None
+
+    def _cache_bucket(self, length: int) -> int:
+        """The cache length for so many tokens: a power of two from 256 up, or the whole context."""
+        return min(max(_SHORTEST_CACHE, 1 << (length - 1).bit_length()), self.context)
+
+
+def load(
+    model: str | PathLike[str] = hub.DEFAULT_MODEL,
+    weights: Literal["auto", "int8", "bf16", "f32"] = "auto",
+    kv_cache: str = "full",
+    context: int | None = None,
+    device: Literal["cpu", "gpu"] | None = None,
+    progress: bool = False,
+) -> LanguageModel:
+    """Load a model from a GGUF file.
+
+    Args:
+      model: a path, `hf://OWNER/REPO/FILE.gguf`, or a short name of `hub.MODELS`; fetched first if need be.
+      weights: the format of matrices. auto: float32 on a CPU, where it is fastest, if it fits in half the memory;
+        elsewhere int8, or bf16 for a file that holds nothing smaller than 16 bits.
+      kv_cache: the cache policy; "full" keeps every token.
+      context: the most tokens of a row; None: the model's own.
+      device: "cpu" or "gpu"; None: JAX's default.
+      progress: show downloading and loading on stderr.
+
+    Raises:
+      RequestError: for a value that is not one of these, or a context longer than the model's.
+      GGUFError: if the file is malformed or holds what is not supported.
+      CapacityError: if the weights do not fit the device.
+      DownloadError: if the file cannot be fetched.
+    """
+    start = time.perf_counter()
+    if weights not in ("auto", "int8", "bf16", "f32"):
+        raise RequestError(f"weights is {weights!r}; expected auto, int8, bf16 or f32")
+    target = select_device(device)
+    file, config = inspect(model, context, progress)
+    chosen = choose_weights(weights, file, config, target)
+    config = configure(config, chosen, target)
+    check_kv_cache(kv_cache)
+    tokenizer = Tokenizer.from_gguf(file)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise GGUFError(
+            f"{file.path}: tokenizer.ggml.tokens has {tokenizer.vocab_size} entries; expected at most the "
+            f"{config.vocab_size} rows of 'token_embd.weight'"
+        )
+    config = replace(config, known_tokens=tokenizer.known_tokens, stop_ids=tokenizer.stop_ids)
+    check_fits(
+        config.weight_bytes(chosen), target, f"{file.path.name} as {chosen}", "ask for int8 weights or a smaller model"
+    )
+    _enable_compilation_cache()
+    params = load_params(file, config, chosen, target, progress)
+    return LanguageModel(
+        config, params, tokenizer, file,
+        context=context or config.context_length, weights=chosen, device=target, load_s=time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def inspect(
+    model: str | PathLike[str], context: int | None = None, progress: bool = False
+) -> tuple[GGUFFile, ModelConfig]:
+    """Open a model's file and read its config, without its weights; arguments and errors as in `load`."""
+    file = GGUFFile.open(hub.resolve(model, progress=progress))
+    config = ModelConfig.from_gguf(file, context)
+    if context is not None and not 1 <= context <= config.context_length:
+        raise RequestError(f"the context is {context}; expected 1 to the model's {config.context_length}")
+    return file, config
+
+
+def choose_weights(weights: str, file: GGUFFile, config: ModelConfig, device: jax.Device) -> WeightFormat:
+    """Resolve "auto" as `load` describes."""
+    if weights != "auto":
+        return weights  # type: ignore[return-value]  # checked by load
+    if device.platform == "cpu" and config.weight_bytes("f32") <= available_bytes(device) // 2:
+        return "f32"
+    wide = all(len(t.shape) == 1 or t.type.name in ("F32", "F16", "BF16") for t in file.tensors.values())
+    return "bf16" if wide else "int8"
+
+
+def configure(config: ModelConfig, weights: WeightFormat, device: jax.Device) -> ModelConfig:
+    """The config with the activation dtype for a device: float32 on a CPU or with float32 weights, else bfloat16."""
+    return replace(config, dtype="float32" if device.platform == "cpu" or weights == "f32" else "bfloat16")
+
+
+def check_kv_cache(policy: str) -> None:
+    """Refuse a cache policy that does not exist."""
+    if policy != "full":
+        raise RequestError(f"kv_cache is {policy!r}; only 'full' is there so far")
+
+
+def _enable_compilation_cache() -> None:
+    """Keep compiled programs between runs, unless the user has chosen a folder or switched this off."""
+    settings: Any = jax.config
+    if settings.jax_compilation_cache_dir is None and settings.jax_enable_compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(hub.cache_dir() / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _temporary_bytes(program: jax.stages.Compiled) -> int:
+    analysis: Any = program.memory_analysis()
+    return analysis.temp_size_in_bytes if analysis is not None else 0
+
+
+def _out_of_memory(reason: jax.errors.JaxRuntimeError, device: jax.Device) -> Exception:
+    """The project's error for a runtime error that says that memory ran out; any other as it is."""
+    if "RESOURCE_EXHAUSTED" not in str(reason):
+        return reason
+    return CapacityError(
+        f"{device} ran out of memory with {gibibytes(available_bytes(device))} left; "
+        "use a shorter context, fewer rows at a time, or int8 weights"
+    )

@@ -1,0 +1,121 @@
+"""The decoder as functional Flax modules: `Decoder(config).apply({"params": params}, tokens, cache, counts)`.
+
+One model for every architecture: what differs is in `ModelConfig` and undone by the loader. Parameters come from the
+loader (a matrix is an array or a `QuantizedArray`), so the modules read variables and have no initialisers.
+
+Dimensions: B batch, T tokens a row, S cache length, D model width, N query heads, K key/value heads, H head width,
+R rotated part of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from orcd_jax.cache import KVCache, LayerCache
+from orcd_jax.config import ModelConfig
+from orcd_jax.quantize import QuantizedArray, dequantize
+from pallas_kernels import flash_attention, flash_decode, qkv_rope, quant_matmul, rms_norm, swiglu
+from pallas_kernels.flash_decode import MAX_QUERIES
+
+
+class _Module(nn.Module):
+    config: ModelConfig
+
+    def weight(self, name: str) -> Any:
+        """This module's parameter `name`; None if there is none."""
+        return self.get_variable("params", name)
+
+
+class Attention(_Module):
+    """x + attention(rms_norm(x)), with rotary positions and a cache."""
+
+    def __call__(
+        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], cache: KVCache, layer: int,
+        positions: jax.Array, valid: jax.Array,
+    ) -> tuple[jax.Array, LayerCache]:  # fmt: skip
+        """Map x [B, T, D] at `positions` [B, T] to the same shape, and give back the layer's cache."""
+        config = self.config
+        q, k, v = qkv_rope(
+            x, self.weight("norm"), self.weight("qkv"), self.weight("qkv_bias"), *angles,
+            n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, eps=config.rms_norm_eps,
+        )  # fmt: skip
+        stored = cache.write(layer, k, v, positions, valid)
+        attend = flash_decode if x.shape[1] <= MAX_QUERIES else flash_attention
+        heads = attend(
+            q, stored.keys, stored.values, positions, cache.key_positions(), sliding_window=config.sliding_window
+        )
+        return quant_matmul(heads.reshape(*x.shape[:2], -1), self.weight("out"), residual=x), stored
+
+
+class SwiGLU(_Module):
+    """x + swiglu(rms_norm(x))."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return swiglu(x, self.weight("norm"), self.weight("gate_up"), self.weight("down"), eps=self.config.rms_norm_eps)
+
+
+class DecoderBlock(_Module):
+    """Attention, then SwiGLU."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *context: Any) -> tuple[jax.Array, LayerCache]:
+        with jax.named_scope("attention"):
+            x, stored = Attention(self.config, name="attention")(x, *context)
+        with jax.named_scope("swiglu"):
+            return SwiGLU(self.config, name="swiglu")(x), stored
+
+
+class Decoder(_Module):
+    """Token ids to final hidden states, appending to a cache; `head` maps those to logits."""
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, cache: KVCache, counts: jax.Array) -> tuple[jax.Array, KVCache]:
+        """Run a chunk of tokens.
+
+        Args:
+          tokens: int32 [B, T], of which a row's first `counts` are real and the rest padding.
+          cache: what came before; it is not changed.
+          counts: int32 [B], 0 to T.
+
+        Returns:
+          Hidden states [B, T, D] after the final norm (at padding they mean nothing), and the longer cache.
+        """
+        config = self.config
+        offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        positions = cache.lengths[:, None] + offsets
+        valid = offsets < counts[:, None]
+        with jax.named_scope("embedding"):
+            x = self._embed(tokens)
+        with jax.named_scope("rope"):
+            angles = _rope_angles(config, positions)
+        layers = []
+        for layer in range(config.n_layers):
+            with jax.named_scope(f"layer_{layer}"):
+                block = DecoderBlock(config, name=f"layer_{layer}")
+                x, stored = block(x, angles, cache, layer, positions, valid)
+            layers.append(stored)
+        with jax.named_scope("norm"):
+            hidden = rms_norm(x, self.weight("norm"), config.rms_norm_eps)
+        return hidden, KVCache(tuple(layers), cache.lengths + counts)
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        table, dtype = self.weight("embedding"), self.config.activation_dtype
+        if isinstance(table, QuantizedArray):
+            return dequantize(QuantizedArray(table.values[tokens], table.scales[tokens]), dtype)
+        return table[tokens].astype(dtype)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Map hidden states [..., D] to logits, float32 [..., V]."""
+        with jax.named_scope("head"):
+            weight = self.weight("embedding" if self.config.tied_head else "head")
+            return quant_matmul(hidden, weight, out_dtype=jnp.float32)
+
+
+def _rope_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of each position's angles, float32 [B, T, R / 2]."""
+    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(config.rope_frequencies())[None, None]
+    return jnp.cos(angles) * config.rope_magnitude, jnp.sin(angles) * config.rope_magnitude

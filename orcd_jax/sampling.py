@@ -1,0 +1,129 @@
+"""From logits to the next token: penalties, truncation, temperature, and a draw that belongs to the row alone.
+
+The order is llama.cpp's: repeat penalty, top-k, top-p, min-p, then temperature, so that the temperature reshapes only
+what truncation kept. The repeat penalty counts every token of prompt and completion, as in Hugging Face (Keskar et
+al. 2019, https://arxiv.org/abs/1909.05858). Top-p: Holtzman et al. 2019, https://arxiv.org/abs/1904.09751; min-p:
+Nguyen et al. 2024, https://arxiv.org/abs/2407.01082. The draw is the Gumbel-max trick over ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from orcd_jax.errors import RequestError
+
+# Rows that keep at most this many tokens by top-k are sampled from the largest few, without sorting the vocabulary.
+_CANDIDATES = 128
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: numbers, or arrays [B] with one value a row.
+
+    A pytree: changing a value compiles nothing new.
+    """
+
+    temperature: Any = 0.8  # 0: greedy
+    top_k: Any = 40  # keep the k likeliest; 0: all
+    top_p: Any = 0.95  # keep the likeliest until their probability reaches p; 1: all
+    min_p: Any = 0.05  # keep those at least min_p times as likely as the likeliest; 0: all
+    repeat_penalty: Any = 1.0  # divide positive, multiply negative logits of tokens already there; 1: none
+
+    def check(self) -> None:
+        """Refuse values that mean nothing.
+
+        Raises:
+          RequestError: naming the value, what it is and what is expected.
+        """
+        rules = {
+            "temperature": ("0 or more", lambda v: v >= 0),
+            "top_k": ("a whole number, 0 or more", lambda v: v >= 0 and v == int(v) and v < 2**31),
+            "top_p": ("above 0, at most 1", lambda v: 0 < v <= 1),
+            "min_p": ("from 0 to 1", lambda v: 0 <= v <= 1),
+            "repeat_penalty": ("above 0", lambda v: v > 0),
+        }
+        for name, (expected, allowed) in rules.items():
+            for value in np.ravel(getattr(self, name)).tolist():
+                if isinstance(value, bool | str | None) or not math.isfinite(value) or not allowed(value):
+                    raise RequestError(f"{name} is {value}; expected {expected}")
+
+    def rows(self, batch: int) -> Sampling:
+        """The same with every value an array [batch], int32 for top_k and float32 for the rest."""
+        values = {}
+        for field in fields(self):
+            dtype = jnp.int32 if field.name == "top_k" else jnp.float32
+            values[field.name] = jnp.broadcast_to(jnp.asarray(getattr(self, field.name), dtype), (batch,))
+        return Sampling(**values)
+
+
+def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Apply the repeat penalty [B] to logits [B, V] where seen, bool [B, V]."""
+    penalty = penalty[:, None]
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array, steps: jax.Array) -> jax.Array:
+    """Choose one token a row.
+
+    Args:
+      logits: float32 [B, V], penalised already; -inf is never chosen.
+      sampling: values [B].
+      keys: random keys [B]; a row's draw depends on its key, its step and its own logits alone.
+      steps: int32 [B], folded into the keys.
+
+    Returns:
+      Token ids, int32 [B]; a tie goes to the lower id.
+    """
+    vocab = logits.shape[-1]
+    candidates = min(_CANDIDATES, vocab)
+    drawing = sampling.temperature > 0
+    few = (sampling.top_k > 0) & (sampling.top_k <= candidates) | ~drawing
+
+    def draw_few() -> jax.Array:
+        # Without the barrier XLA merges later slices into the top-k and turns it back into a sort of the vocabulary.
+        values, ids = lax.optimization_barrier(lax.top_k(logits, candidates))
+        return _draw(values, ids, sampling, keys, steps)
+
+    def draw_all() -> jax.Array:
+        ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+        descending, ids = lax.sort((-logits, ids), num_keys=1, is_stable=True)
+        return _draw(-descending, ids, sampling, keys, steps)
+
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    drawn = lax.cond(jnp.any(drawing), lambda: lax.cond(jnp.all(few), draw_few, draw_all), lambda: greedy)
+    return jnp.where(drawing, drawn, greedy)
+
+
+def _draw(values: jax.Array, ids: jax.Array, sampling: Sampling, keys: jax.Array, steps: jax.Array) -> jax.Array:
+    """Truncate and draw from logits sorted downwards [B, C] with their ids [B, C].
+
+    The noise belongs to ranks, so that it is the same however many candidates there are.
+    """
+    rank = lax.broadcasted_iota(jnp.int32, values.shape, 1)
+    top_k, top_p, min_p = sampling.top_k[:, None], sampling.top_p[:, None], sampling.min_p[:, None]
+    kept = (rank < top_k) | (top_k == 0)
+    probabilities = jax.nn.softmax(jnp.where(kept, values, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept &= (before < top_p) | (top_p >= 1)
+    kept &= probabilities >= min_p * probabilities[:, :1]
+    kept |= rank == 0
+    noise = jax.vmap(lambda key, step: jax.random.gumbel(jax.random.fold_in(key, step), values.shape[1:]))(keys, steps)
+    temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
+    # Measured from the largest, so that a tiny temperature cannot overflow.
+    scores = (values - values[:, :1]) / temperature + noise
+    choice = jnp.argmax(jnp.where(kept, scores, -jnp.inf), axis=-1)
+    return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
+
+
+def row_keys(seeds: list[int]) -> jax.Array:
+    """Random keys [B] from seeds of 32 bits; the same on every machine and whatever JAX's default generator is."""
+    data = np.stack([np.zeros(len(seeds), np.uint32), np.asarray(seeds, np.uint32)], axis=-1)
+    return jax.random.wrap_key_data(jnp.asarray(data), impl="threefry2x32")

@@ -1,0 +1,15 @@
+"""The ops of a decoder block, each with a pure-JAX reference and room for hand-written kernels.
+
+This package knows arrays only. Dimensions: B batch, T queries a row, S cache length, D model width, F feed-forward
+width, N query heads, K key/value heads, G = N / K, H head width, V vocabulary.
+"""
+
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.flash_decode import flash_decode
+from pallas_kernels.implementation import use
+from pallas_kernels.qkv_rope import qkv_rope
+from pallas_kernels.quant_matmul import quant_matmul
+from pallas_kernels.rms_norm import rms_norm
+from pallas_kernels.swiglu import swiglu
+
+__all__ = ["flash_attention", "flash_decode", "qkv_rope", "quant_matmul", "rms_norm", "swiglu", "use"]

@@ -1,0 +1,36 @@
+"""Attention of a few new queries a row against a long cache, the decode step's share of `flash_attention`.
+
+The maths and layouts are flash_attention's; what differs is what a kernel must be good at: with T of one to eight,
+the cache is read once and the work is split along S.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels.flash_attention import reference
+from pallas_kernels.implementation import dispatch
+
+MAX_QUERIES = 8
+
+IMPLEMENTATIONS = {"xla": reference}
+
+
+def flash_decode(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    key_positions: jax.Array,
+    *,
+    sliding_window: int | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Attend from T <= 8 queries a row to a cache; arguments and result as in `flash_attention`.
+
+    Raises:
+      NotImplementedError: for more than 8 queries a row.
+    """
+    if q.shape[1] > MAX_QUERIES:
+        raise NotImplementedError(f"flash_decode takes at most {MAX_QUERIES} queries a row, got {q.shape[1]}")
+    return dispatch("flash_decode", IMPLEMENTATIONS, implementation, q, k, v, positions, key_positions, sliding_window)

@@ -1,0 +1,54 @@
+"""Which implementation of an op runs: by argument, by `use(...)` while tracing, or the first that can."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+_log = logging.getLogger(__name__)
+_preferred: ContextVar[str | None] = ContextVar("preferred_implementation", default=None)
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Prefer the implementation `name` for every op that is traced inside the block.
+
+    An op without it, or whose arguments it cannot take, falls to the next implementation and logs that it did.
+    """
+    token = _preferred.set(name)
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
+
+
+def dispatch(
+    op: str, implementations: Mapping[str, Callable[..., Any]], name: str | None, *args: Any, **kwargs: Any
+) -> Any:
+    """Call the implementation `name`, or else the preferred one, or else the first that takes these arguments.
+
+    Args:
+      op: the op's name, for messages.
+      implementations: name -> function, best first; a function raises NotImplementedError for what it cannot do.
+      name: the caller's choice. It is never replaced by another.
+
+    Raises:
+      NotImplementedError: if `name` does not exist or cannot take the arguments.
+    """
+    if name is not None:
+        if name not in implementations:
+            raise NotImplementedError(f"{op} has no implementation {name!r}; it has {', '.join(implementations)}")
+        return implementations[name](*args, **kwargs)
+    preferred = _preferred.get()
+    if preferred is not None and preferred not in implementations:
+        _log.warning("%s has no implementation %r; using %s", op, preferred, next(iter(implementations)))
+    order = sorted(implementations, key=lambda candidate: candidate != preferred)  # stable: the rest stay best first
+    for candidate in order[:-1]:
+        try:
+            return implementations[candidate](*args, **kwargs)
+        except NotImplementedError as reason:
+            _log.warning("%s: %s cannot run this (%s); using the next implementation", op, candidate, reason)
+    return implementations[order[-1]](*args, **kwargs)
