@@ -21,14 +21,12 @@ import re
 import secrets
 import sys
 import time
-import types
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from functools import cached_property, lru_cache, wraps
-from types import FrameType
-from typing import Any
+from functools import lru_cache, partial, wraps
+from types import BuiltinMethodType, CodeType, FrameType
+from typing import Any, TypeVar
 
 from jinja2 import nodes, pass_environment
 from jinja2.exceptions import SecurityError
@@ -52,15 +50,19 @@ _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 _SURROGATES = range(0xD800, 0xE000)
 
 Messages = Sequence[Mapping[str, str]]
+_T = TypeVar("_T")
 
 
 class ChatTemplate:
-    """A chat template. It is compiled when it is first used: a bad one stops nobody who does without. Threads may
-    share it."""
+    """A chat template; threads may share it.
+
+    It is compiled when it is first used, so that a bad one does not stop those who do without.
+    """
 
     def __init__(self, source: str):
         """Keep the Jinja template `source`."""
         self._source = source
+        self._code: CodeType | None = None
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> ChatTemplate | None:
@@ -79,7 +81,8 @@ class ChatTemplate:
 
     def render(self, tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = True) -> str:
         """The prompt as text, for people to read; arguments and errors as in `encode`, which makes the ids."""
-        return self._render(tokenizer, self._prepare(tokenizer, messages), add_generation_prompt, datetime.now())
+        render = self._renderer(tokenizer, add_generation_prompt)
+        return render(_place_system(_check_messages(messages), render))
 
     def encode(self, tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
         """The prompt as token ids, with begin of text once if the file asks for it.
@@ -95,73 +98,72 @@ class ChatTemplate:
           RequestError: the messages are not as above; says which.
           TemplateError: the template is malformed, refuses the messages, fails, or goes over its limits.
         """
-        plain = self._prepare(tokenizer, messages)
+        render = self._renderer(tokenizer, add_generation_prompt)
+        plain = _place_system(_check_messages(messages), render)
         stand_ins = _stand_ins(tokenizer.control_texts)
         veiled = [message | {"content": message["content"].translate(stand_ins)} for message in plain]
-        now = datetime.now()
-        text = self._render(tokenizer, plain, add_generation_prompt, now)
-        veiled_text = self._render(tokenizer, veiled, add_generation_prompt, now)
+        plain_text, veiled_text = render(plain), render(veiled)
 
         spans = tokenizer.find_controls(veiled_text)
-        unveiled = veiled_text.translate({mark: character for character, mark in stand_ins.items()})
-        if unveiled != text:
+        text = veiled_text.translate({mark: character for character, mark in stand_ins.items()})
+        if text != plain_text:
             # The template looks into contents, and did otherwise with veiled ones. The plain text will do if it has the
             # same control tokens, hence none out of contents; if not, the veiled rendering is the safe one.
-            plain_spans = tokenizer.find_controls(text)
-            if [text[slice(*span)] for span in plain_spans] == [unveiled[slice(*span)] for span in spans]:
-                unveiled, spans = text, plain_spans
+            plain_spans = tokenizer.find_controls(plain_text)
+            if [plain_text[slice(*span)] for span in plain_spans] == [text[slice(*span)] for span in spans]:
+                text, spans = plain_text, plain_spans
 
-        ids = tokenizer.encode_spans(unveiled, spans)
+        ids = tokenizer.encode_spans(text, spans)
         bos = tokenizer.bos_id
         return [bos, *ids] if tokenizer.add_bos and bos is not None and ids[:1] != [bos] else ids
 
-    def _prepare(self, tokenizer: Tokenizer, messages: Messages) -> list[dict[str, str]]:
-        """Checked copies of the messages; system messages that the template would drop are in the first user's."""
-        checked = _check_messages(messages)
-        probes = {i: secrets.token_hex(16) for i, m in enumerate(checked) if m["role"] == "system" and m["content"]}
-        if not probes:
-            return checked
-        probed = [message | {"content": probes.get(i, message["content"])} for i, message in enumerate(checked)]
-        rendered = self._render(tokenizer, probed, True, datetime.now()).lower()
-        dropped = [i for i, probe in probes.items() if probe not in rendered]
-        if not dropped:
-            return checked
-        first_user = next((i for i, message in enumerate(checked) if message["role"] == "user"), None)
-        if first_user is None:
-            raise TemplateError("the chat template drops system messages, and there is no user message to put them in")
-        warnings.warn("the chat template drops system messages; they go before the first user message", stacklevel=3)
-        parts = [checked[i]["content"] for i in (*dropped, first_user)]
-        checked[first_user] = {"role": "user", "content": "\n\n".join(parts)}
-        return [message for i, message in enumerate(checked) if i not in dropped]
-
-    @cached_property
-    def _code(self) -> types.CodeType:
-        if len(self._source) > SOURCE_LIMIT:
-            raise TemplateError(
-                f"the chat template has {len(self._source)} characters; expected at most {SOURCE_LIMIT}"
-            )
-        sandbox = _Sandbox(OUTPUT_LIMIT)
-        with _errors(), _deadline():
-            tree = _Guard().visit(sandbox.parse(self._source))
-            tree.set_environment(sandbox)
-            return sandbox.compile(tree, filename=_FILENAME)
-
-    def _render(
-        self, tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool, now: datetime
-    ) -> str:
-        code = self._code
-        sandbox = _Sandbox(OUTPUT_LIMIT + sum(len(message["content"]) for message in messages), now)
+    def _renderer(self, tokenizer: Tokenizer, add_generation_prompt: bool) -> Callable[[list[dict[str, str]]], str]:
+        """A function that renders messages; its calls share one moment and one time limit."""
+        now, end = datetime.now(), time.monotonic() + TIME_LIMIT_S
         bos, eos = ("" if i is None else tokenizer.token_text(i) for i in (tokenizer.bos_id, tokenizer.eos_id))
-        variables = {
-            "messages": messages,
-            "add_generation_prompt": add_generation_prompt,
-            "bos_token": bos,
-            "eos_token": eos,
-            "tools": None,
-        }
-        with _errors(), _deadline():
-            template = sandbox.template_class.from_code(sandbox, code, sandbox.globals)
-            return sandbox.concat(template.root_render_func(template.new_context(variables)))
+        code = self._compiled(end)
+
+        def render(messages: list[dict[str, str]]) -> str:
+            sandbox = _Sandbox(OUTPUT_LIMIT + sum(len(message["content"]) for message in messages), now)
+            variables = {
+                "messages": messages,
+                "add_generation_prompt": add_generation_prompt,
+                "bos_token": bos,
+                "eos_token": eos,
+                "tools": None,
+            }
+            return _limited(end, lambda: sandbox.run(code, variables))
+
+        return render
+
+    def _compiled(self, end: float) -> CodeType:
+        if self._code is None:
+            if len(self._source) > SOURCE_LIMIT:
+                raise TemplateError(
+                    f"the chat template has {len(self._source)} characters; the limit is {SOURCE_LIMIT}"
+                )
+            self._code = _limited(end, lambda: _Sandbox(OUTPUT_LIMIT, datetime.now()).guarded(self._source))
+        return self._code
+
+
+def _place_system(
+    messages: list[dict[str, str]], render: Callable[[list[dict[str, str]]], str]
+) -> list[dict[str, str]]:
+    """The messages, with system messages that the template drops at the start of the first user message."""
+    probes = {i: secrets.token_hex(16) for i, m in enumerate(messages) if m["role"] == "system" and m["content"]}
+    if not probes:
+        return messages
+    rendered = render([m | {"content": probes.get(i, m["content"])} for i, m in enumerate(messages)]).lower()
+    dropped = [i for i, probe in probes.items() if probe not in rendered]
+    if not dropped:
+        return messages
+    first_user = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+    if first_user is None:
+        raise TemplateError("the chat template drops system messages, and there is no user message to put them in")
+    warnings.warn("the chat template drops system messages; they go before the first user message", stacklevel=3)
+    content = "\n\n".join(messages[i]["content"] for i in (*dropped, first_user))
+    placed = [*messages[:first_user], {"role": "user", "content": content}, *messages[first_user + 1 :]]
+    return [message for i, message in enumerate(placed) if i not in dropped]
 
 
 @lru_cache(maxsize=8)
@@ -198,11 +200,24 @@ class _Refusal(Exception):
     """The template called `raise_exception`."""
 
 
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Turns all that can happen to a template into a `TemplateError` of one line."""
+def _limited(end: float, function: Callable[[], _T]) -> _T:
+    """`function()`, stopped at the time `end`; all that can happen to a template becomes a `TemplateError`.
+
+    The time is looked at whenever Python code is called in this thread, and at each line of the template.
+    """
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        if time.monotonic() > end:
+            raise _OverLimit(f"takes longer than {TIME_LIMIT_S:g} s")
+        return trace if frame.f_code.co_filename == _FILENAME else None
+
+    previous = sys.gettrace()
     try:
-        yield
+        try:
+            sys.settrace(trace)
+            return function()
+        finally:
+            sys.settrace(previous)
     except _OverLimit as e:
         raise TemplateError(f"the chat template {e}; use --raw to prompt without it") from None
     except _Refusal as e:
@@ -214,24 +229,6 @@ def _errors() -> Iterator[None]:
 
 def _one_line(e: Exception) -> str:
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(e).split()))[:200]
-
-
-@contextmanager
-def _deadline() -> Iterator[None]:
-    """Stops Python code in this thread after `TIME_LIMIT_S`: at each call, and in the template at each line."""
-    end = time.monotonic() + TIME_LIMIT_S
-
-    def trace(frame: FrameType, event: str, arg: Any) -> Any:
-        if time.monotonic() > end:
-            raise _OverLimit(f"takes longer than {TIME_LIMIT_S:g} s")
-        return trace if frame.f_code.co_filename == _FILENAME else None
-
-    previous = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(previous)
 
 
 _WEIGH, _CONCAT = "(weigh)", "(concat)"  # filters under names that a template cannot write
@@ -265,7 +262,9 @@ class _Namespace(Namespace):
         return "<namespace>"
 
 
-_ITEM_COST = 16  # of an entry of a container, in characters
+# What a template can put values into (a namespace aside), and what an entry costs, in characters.
+_CONTAINERS: tuple[type[Any], ...] = (list, tuple, dict, type({}.keys()), type({}.values()), type({}.items()))
+_ITEM_COST = 16
 _MAX_BITS = 1024
 _MAX_ARGUMENT = 64  # characters to strip, or of an indentation or separator
 # What chat templates use. All take time and memory in proportion to their arguments, which are weighed.
@@ -274,44 +273,16 @@ _FILTERS = (
     "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "select", "selectattr", "sort", "string",
     "sum", "title", "trim", "unique", "upper",
 )  # fmt: skip
-_METHODS: dict[type, frozenset[str]] = {
-    str: frozenset(
-        [
-            "capitalize",
-            "count",
-            "endswith",
-            "find",
-            "index",
-            "isalnum",
-            "isalpha",
-            "isascii",
-            "isdecimal",
-            "isdigit",
-            "islower",
-            "isnumeric",
-            "isspace",
-            "istitle",
-            "isupper",
-            "join",
-            "lower",
-            "lstrip",
-            "partition",
-            "removeprefix",
-            "removesuffix",
-            "replace",
-            "rstrip",
-            "split",
-            "splitlines",
-            "startswith",
-            "strip",
-            "swapcase",
-            "title",
-            "upper",
-        ]
-    ),
-    dict: frozenset(("get", "items", "keys", "values")),
-    list: frozenset(("count", "index")),
-    tuple: frozenset(("count", "index")),
+_STRING_METHODS = (
+    "capitalize", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit",
+    "islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition", "removeprefix",
+    "removesuffix", "replace", "rstrip", "split", "splitlines", "startswith", "strip", "title", "upper",
+)  # fmt: skip
+_METHODS: dict[type, tuple[str, ...]] = {
+    str: _STRING_METHODS,
+    dict: ("get", "items", "keys", "values"),
+    list: ("count", "index"),
+    tuple: ("count", "index"),
 }
 
 
@@ -325,7 +296,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
-    def __init__(self, limit: int, now: datetime | None = None):
+    def __init__(self, limit: int, now: datetime):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         self.limit = limit
         self.budget = 16 * limit
@@ -345,8 +316,19 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             "namespace": _Namespace,
             "raise_exception": _raise_exception,
             "range": safe_range,
-            "strftime_now": lambda format: _strftime(now or datetime.now(), format),
+            "strftime_now": partial(_strftime, now),
         }
+
+    def guarded(self, source: str) -> CodeType:
+        """A template's source as code for `run`, of this sandbox or another."""
+        tree = _Guard().visit(self.parse(source))
+        tree.set_environment(self)
+        return self.compile(tree, filename=_FILENAME)
+
+    def run(self, code: CodeType, variables: dict[str, Any]) -> str:
+        """The template's output."""
+        template = self.template_class.from_code(self, code, self.globals)
+        return self.concat(template.root_render_func(template.new_context(variables)))
 
     def spend(self, amount: int) -> None:
         self.budget -= amount
@@ -364,10 +346,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             item = stack.pop()
             if isinstance(item, str):
                 left -= len(item)
-            elif isinstance(item, Collection):
+            elif isinstance(item, _CONTAINERS):
                 left -= _ITEM_COST * len(item)
                 if left >= 0:
-                    stack += [*item, *item.values()] if isinstance(item, Mapping) else item
+                    stack += [*item, *item.values()] if isinstance(item, dict) else item
             if left < 0:
                 raise _OverLimit(f"makes a list or mapping of more than {4 * self.limit} characters")
 
@@ -376,7 +358,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(value, str):
             self.check_length(len(value))
             self.spend(len(value))
-        elif isinstance(value, Collection):
+        elif isinstance(value, _CONTAINERS):
             self.spend(_ITEM_COST * len(value))
             self.check_expansion(value)
         return value
@@ -396,7 +378,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         for a, b in ((left, right), (right, left)):
             if isinstance(a, int) and a.bit_length() > _MAX_BITS:
                 raise _OverLimit(f"computes with a number of more than {_MAX_BITS} bits")
-            if operator == "*" and isinstance(a, Collection) and isinstance(b, int):
+            if operator == "*" and isinstance(a, (str, list, tuple)) and isinstance(b, int):
                 (self.check_length if isinstance(a, str) else self.spend)(len(a) * b)
         if operator == "%" and isinstance(left, str):
             raise SecurityError("formatting with % is not supported")
@@ -409,9 +391,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         # Through `dict.update` a template could change what it was given.
         return not isinstance(obj, type) and super().is_safe_attribute(obj, attr, value)
 
+    def wrap_str_format(self, value: Any) -> None:
+        return None  # not for a safe `format`: `call` knows none
+
     def is_safe_callable(self, obj: Any) -> bool:
         owner = getattr(obj, "__self__", None)
-        if isinstance(obj, types.BuiltinMethodType) or isinstance(owner, Markup):
+        if isinstance(obj, BuiltinMethodType) or isinstance(owner, Markup):
             return obj.__name__ in _METHODS.get(type(owner), ())
         return super().is_safe_callable(obj)
 
@@ -419,13 +404,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if not __self.is_safe_callable(__obj):
             raise SecurityError(f"calling {getattr(__obj, '__name__', type(__obj).__name__)!r:.80} is not supported")
         __self.check_expansion([args, kwargs])
-        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
-        if isinstance(owner, str):
-            if name == "join":
-                return _join(__self, *args[:1], owner)
-            if name == "replace":
-                return __self._replace(owner, *args, **kwargs)
-            if name.endswith("strip"):
+        if isinstance(owner := getattr(__obj, "__self__", None), str):
+            if __obj.__name__ == "join":
+                __obj = partial(_join, __self, d=owner)
+            elif __obj.__name__ == "replace":
+                __obj = partial(__self._replace, owner)
+            elif __obj.__name__.endswith("strip"):
                 _check_argument(*args)
         return __self.weigh(super().call(__context, __obj, *args, **kwargs))
 
@@ -461,12 +445,13 @@ def _check_argument(*args: Any) -> None:
 
 @pass_environment
 def _join(sandbox: _Sandbox, value: Iterable[Any], d: str = "", attribute: str | None = None) -> str:
-    if attribute is not None:
-        value = map(make_attrgetter(sandbox, attribute), value)
-    pieces: list[Any] = []
-    for item in value:
-        pieces += (d, item) if pieces else (item,)
-    return sandbox.concat(pieces)
+    def pieces() -> Iterator[Any]:
+        for number, item in enumerate(value):
+            if number:
+                yield d
+            yield item if attribute is None else make_attrgetter(sandbox, attribute)(item)
+
+    return sandbox.concat(pieces())
 
 
 def _to_json(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from orcd_jax.errors import GGUFError, RequestError
-from orcd_jax.gguf_reader import GGUFFile
+from orcd_jax.gguf_reader import GGUFFile, brief
 from orcd_jax.quantize import BLOCK
 
 ARCHITECTURES = ("llama", "phi3", "qwen2")
@@ -142,12 +142,11 @@ class ModelConfig:
         Raises:
           RequestError: for an unknown name; it lists the known ones.
         """
-        folder = resources.files("configs")
-        path = folder / f"{name}.toml"
-        if not path.is_file():
-            known = sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml"))
-            raise RequestError(f"no preset {name!r}; there are {', '.join(known)}")
-        return cls(**tomllib.loads(path.read_text(encoding="utf-8")))
+        files = {file.name: file for file in resources.files("configs").iterdir() if file.name.endswith(".toml")}
+        if f"{name}.toml" not in files:
+            known = ", ".join(sorted(file.removesuffix(".toml") for file in files))
+            raise RequestError(f"no preset {name!r}; there are {known}")
+        return cls(**tomllib.loads(files[f"{name}.toml"].read_text(encoding="utf-8")))
 
     @classmethod
     def from_gguf(cls, file: GGUFFile, context: int | None = None) -> ModelConfig:
@@ -179,41 +178,51 @@ class _Metadata:
     def __init__(self, file: GGUFFile, prefix: str):
         self.file, self.prefix = file, prefix
 
-    def fail(self, key: str, found: object, expected: str) -> GGUFError:
-        shown = repr(found) if len(repr(found)) < 80 else f"{type(found).__name__} of length {len(found)}"  # type: ignore[arg-type]
-        return GGUFError(f"{self.file.path}: {self.prefix}.{key} is {shown}; expected {expected}")
+    def __contains__(self, key: str) -> bool:
+        return f"{self.prefix}.{key}" in self.file.metadata
 
-    def integer(self, key: str, default: int | None = None, low: int = 1, high: int = 1 << 24) -> int:
+    def fail(self, key: str, found: object, expected: str) -> GGUFError:
+        return GGUFError(f"{self.file.path}: {self.prefix}.{key} is {brief(found)}; expected {expected}")
+
+    def _get(self, key: str, default: Any) -> Any:
         value = self.file.metadata.get(f"{self.prefix}.{key}", default)
         if value is None:
             raise GGUFError(f"{self.file.path}: the key {self.prefix}.{key} is missing")
+        return value
+
+    def integer(self, key: str, default: int | None = None, low: int = 1, high: int = 1 << 24) -> int:
+        value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise self.fail(key, value, f"an integer from {low} to {high}")
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
-        value = self.file.metadata.get(f"{self.prefix}.{key}", default)
-        if value is None:
-            raise GGUFError(f"{self.file.path}: the key {self.prefix}.{key} is missing")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e18:
-            raise self.fail(key, value, "a positive, finite number")
+        """A number whose square, and whose product with a position, float32 can hold."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-12 <= value <= 1e12:
+            raise self.fail(key, value, "a number from 1e-12 to 1e12")
         return float(value)
 
-    def get(self, key: str) -> Any:
-        return self.file.metadata.get(f"{self.prefix}.{key}")
+    def text(self, key: str, default: str) -> str:
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self.fail(key, value, "a text")
+        return value
 
 
 def _from_gguf(file: GGUFFile, context: int | None) -> ModelConfig:
     architecture = file.metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise GGUFError(f"{file.path}: the architecture is {architecture!r}; supported are {', '.join(ARCHITECTURES)}")
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise GGUFError(
+            f"{file.path}: general.architecture is {brief(architecture)}; supported are {', '.join(ARCHITECTURES)}"
+        )
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         what = "only a vocabulary, no weights" if not file.tensors else "no tensor 'token_embd.weight'"
         raise GGUFError(f"{file.path}: holds {what}")
 
     meta = _Metadata(file, architecture)
-    if meta.get("expert_count"):
+    if meta.integer("expert_count", default=0, low=0):
         raise GGUFError(f"{file.path}: is a mixture of experts, which is not supported")
     d_model = meta.integer("embedding_length")
     n_heads = meta.integer("attention.head_count", high=1 << 12)
@@ -221,28 +230,33 @@ def _from_gguf(file: GGUFFile, context: int | None) -> ModelConfig:
     if n_heads % n_kv_heads:
         raise meta.fail("attention.head_count_kv", n_kv_heads, f"a divisor of the {n_heads} heads")
     head_dim = meta.integer("attention.key_length", default=max(d_model // n_heads, 1), high=1 << 12)
-    if meta.integer("attention.value_length", default=head_dim) != head_dim:
-        raise meta.fail("attention.value_length", meta.get("attention.value_length"), f"the key length {head_dim}")
-    rotary_dim = meta.integer("rope.dimension_count", default=head_dim, high=head_dim)
-    if rotary_dim % 2 or (architecture == "llama" and rotary_dim != head_dim):
-        raise meta.fail("rope.dimension_count", rotary_dim, f"the head width, {head_dim}, and even")
+    value_dim = meta.integer("attention.value_length", default=head_dim)
+    if value_dim != head_dim:
+        raise meta.fail("attention.value_length", value_dim, f"the key length {head_dim}")
+    rotary_dim = meta.integer("rope.dimension_count", default=head_dim)
+    if rotary_dim % 2 or rotary_dim > head_dim or (architecture == "llama" and rotary_dim != head_dim):
+        most = "" if architecture == "llama" else "at most "
+        raise meta.fail("rope.dimension_count", rotary_dim, f"an even number, {most}the head width {head_dim}")
     if len(embedding.shape) != 2 or embedding.shape[1] != d_model:
         raise GGUFError(
             f"{file.path}: 'token_embd.weight' has the shape {list(embedding.shape)}; expected [vocabulary, {d_model}]"
         )
+    vocab_size = embedding.shape[0]
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) > vocab_size:
+        raise GGUFError(
+            f"{file.path}: tokenizer.ggml.tokens has {len(tokens)} entries; expected at most the {vocab_size} rows of "
+            "'token_embd.weight'"
+        )
     context_length = meta.integer("context_length")
     divisors, magnitude = _rope_scaling(file, meta, rotary_dim, context or context_length)
-    window = meta.integer("attention.sliding_window", default=0, low=0)
-    if architecture == "phi3" and meta.get("attention.sliding_window") is None and context_length == 4096:
-        window = _PHI3_4K_WINDOW
-    elif architecture != "phi3" and meta.get("attention.sliding_window") == 0:  # Phi-4's converter writes 0 for none
-        raise meta.fail("attention.sliding_window", 0, "a window of at least 1, or no such key")
+    name = file.metadata.get("general.name")
     return ModelConfig(
-        name=str(file.metadata.get("general.name", file.path.stem)),
+        name=name[:80] if isinstance(name, str) and name.isprintable() else file.path.stem,
         architecture=architecture,
-        vocab_size=embedding.shape[0],
+        vocab_size=vocab_size,
         d_model=d_model,
-        n_layers=meta.integer("block_count", high=1 << 10),
+        n_layers=meta.integer("block_count", high=1 << 8),  # every layer is compiled on its own
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
@@ -255,8 +269,16 @@ def _from_gguf(file: GGUFFile, context: int | None) -> ModelConfig:
         rope_magnitude=magnitude,
         qkv_bias=any(f"blk.0.attn_{part}.bias" in file.tensors for part in ("q", "k", "v", "qkv")),
         tied_head="output.weight" not in file.tensors,
-        sliding_window=window or None,
+        sliding_window=_sliding_window(meta, architecture, context_length),
     )
+
+
+def _sliding_window(meta: _Metadata, architecture: str, context_length: int) -> int | None:
+    if architecture != "phi3":
+        return meta.integer("attention.sliding_window") if "attention.sliding_window" in meta else None
+    silent = _PHI3_4K_WINDOW if context_length == 4096 else 0
+    window = meta.integer("attention.sliding_window", default=silent, low=0)
+    return window or None  # Phi-4's converter writes 0 for none
 
 
 def _rope_scaling(
@@ -268,13 +290,17 @@ def _rope_scaling(
     https://arxiv.org/abs/2402.13753) has two sets of divisors, for contexts up to the original one and beyond, and a
     magnitude sqrt(1 + ln(s) / ln(original)), s the ratio of the contexts.
     """
-    kind = meta.get("rope.scaling.type") or "none"
-    longrope = "rope_factors_long.weight" in file.tensors or "rope_factors_short.weight" in file.tensors
+    # Older files have a factor, under either of two keys, and no type.
+    factor = meta.real("rope.scaling.factor", meta.real("rope.scale_linear", 1.0))
+    kind = meta.text("rope.scaling.type", "none" if factor == 1.0 else "linear")
     if kind not in ("none", "linear", "longrope"):
-        raise GGUFError(f"{file.path}: RoPE scaling {kind!r} is not supported; only linear, Llama 3 and longrope are")
-    if kind == "longrope" and not longrope:
-        raise GGUFError(f"{file.path}: RoPE scaling is longrope, but 'rope_factors_long.weight' is missing")
-    if longrope:
+        raise meta.fail("rope.scaling.type", kind, "none, linear or longrope; others are not supported")
+    longrope = "rope_factors_long.weight" in file.tensors or "rope_factors_short.weight" in file.tensors
+    llama3 = "rope_freqs.weight" in file.tensors
+    linear = kind == "linear" and factor != 1.0
+    if longrope + llama3 + linear > 1:
+        raise GGUFError(f"{file.path}: has more than one kind of RoPE scaling, which is not supported")
+    if longrope or kind == "longrope":
         trained = meta.integer("context_length")
         original = meta.integer("rope.scaling.original_context_length")
         which = "long" if context > original else "short"
@@ -282,11 +308,9 @@ def _rope_scaling(
         ratio = trained / original
         magnitude = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 and original > 1 else 1.0
         return divisors, meta.real("rope.scaling.attn_factor", default=magnitude)
-    if "rope_freqs.weight" in file.tensors:
+    if llama3:
         return _divisors(file, "rope_freqs.weight", rotary_dim), 1.0
-    # Files from before `rope.scaling.type` have `rope.scale_linear`.
-    factor = meta.real("rope.scaling.factor", default=1.0) if kind == "linear" else meta.real("rope.scale_linear", 1.0)
-    return (None if factor == 1.0 else (factor,) * (rotary_dim // 2)), 1.0
+    return ((factor,) * (rotary_dim // 2) if linear else None), 1.0
 
 
 def _divisors(file: GGUFFile, name: str, rotary_dim: int) -> tuple[float, ...]:
@@ -298,6 +322,6 @@ def _divisors(file: GGUFFile, name: str, rotary_dim: int) -> tuple[float, ...]:
             f"{file.path}: tensor {name!r} is {info.type.name} {list(info.shape)}; expected F32 [{rotary_dim // 2}]"
         )
     values = info.data.view("<f4").ravel()
-    if not (np.isfinite(values).all() and (values > 0).all()):
-        raise GGUFError(f"{file.path}: tensor {name!r} has values that are not finite and positive")
+    if not ((values >= 1e-6) & (values <= 1e6)).all():
+        raise GGUFError(f"{file.path}: tensor {name!r} has values outside the range from 1e-6 to 1e6")
     return tuple(values.tolist())

@@ -65,9 +65,12 @@ def peak_bandwidth(device: jax.Device) -> float | None:
     return _PEAK_BANDWIDTH.get(device.device_kind)
 
 
-def gibibytes(count: int) -> str:
-    """Bytes for people, in GiB or MiB."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+def human_bytes(count: int) -> str:
+    """Bytes for people."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
 
 
 def check_fits(required: int, device: jax.Device, what: str, advice: str) -> None:
@@ -79,6 +82,6 @@ def check_fits(required: int, device: jax.Device, what: str, advice: str) -> Non
     available = available_bytes(device)
     if required > available:
         raise CapacityError(
-            f"{what} needs {required:,} bytes ({gibibytes(required)}), but {available:,} ({gibibytes(available)}) "
+            f"{what} needs {required:,} bytes ({human_bytes(required)}), but {available:,} ({human_bytes(available)}) "
             f"are available on {device}; {advice}"
         )

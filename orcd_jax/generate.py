@@ -200,7 +200,8 @@ def _parse_batch(text: str, where: str) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{where}, line {number}: is not JSON: {error}") from None
         row = {"prompt": row} if isinstance(row, str) else row
-        if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
+        right = isinstance(row, dict) and ("prompt" in row) != ("messages" in row)
+        if not right or not isinstance(row.get("prompt", ""), str):
             raise RequestError(f"{where}, line {number}: expected a string, or an object with prompt or messages")
         unknown = row.keys() - {"prompt", "messages", *_ROW_NUMBERS}
         if unknown:
@@ -208,13 +209,13 @@ def _parse_batch(text: str, where: str) -> list[dict[str, Any]]:
         for name in _ROW_NUMBERS:
             if name in row and (isinstance(row[name], bool) or not isinstance(row[name], int | float)):
                 raise RequestError(f"{where}, line {number}: {name} is {row[name]!r}; expected a number")
-        rows.append(row)
+        rows.append({**row, "line": number})
     return rows
 
 
 def _encode(model: LanguageModel, prompt: str, system: str | None, raw: bool) -> list[int]:
     """A prompt as it is, or as the user's turn in the file's template if it has one."""
-    if raw or (not model.has_template and system is None):
+    if raw or (model.template is None and system is None):
         if not prompt:
             raise RequestError("the prompt is empty; give some text")
         return model.encode_prompt(prompt)
@@ -258,12 +259,15 @@ def _run_batch(
 ) -> int:
     from tqdm import tqdm
 
-    prompts = [
-        model.encode_chat(row["messages"])
-        if "messages" in row
-        else _encode(model, row["prompt"], args.system, args.raw)
-        for row in batch
-    ]
+    prompts = []
+    for row in batch:
+        try:
+            if "messages" in row:
+                prompts.append(model.encode_chat(row["messages"]))
+            else:
+                prompts.append(_encode(model, row["prompt"], args.system, args.raw))
+        except OrcdJaxError as error:
+            raise RequestError(f"{args.batch_file}, line {row['line']}: {error}") from None
     options["max_new_tokens"] = [row.get("max_new_tokens", args.max_new_tokens) for row in batch]
     with tqdm(total=len(batch), unit="prompt", disable=args.quiet) as bar:
         completions = model.generate(
@@ -362,13 +366,13 @@ def _summarize(args: argparse.Namespace, model: LanguageModel, completions: list
 
 def _estimate(args: argparse.Namespace) -> int:
     """Print what the model would need, and whether it fits."""
-    from orcd_jax.device import available_bytes, gibibytes, select_device
-    from orcd_jax.language_model import check_kv_cache, choose_weights, configure, inspect
+    from orcd_jax.device import available_bytes, human_bytes, select_device
+    from orcd_jax.language_model import check_kv_cache, choose_weights, configure, inspect, matrix_types
 
     check_kv_cache(args.kv_cache)
     device = select_device(args.device)
     file, config = inspect(args.model, args.context, progress=not args.quiet)
-    weights = choose_weights(args.weights, file, config, device)
+    weights = choose_weights(args.weights, matrix_types(file), config, device)
     config = configure(config, weights, device)
     context = args.context or config.context_length
     report = {
@@ -391,7 +395,7 @@ def _estimate(args: argparse.Namespace) -> int:
         ("weights", "weights_bytes"), ("cache", "kv_bytes"), ("  a token", "kv_bytes_per_token"),
         ("workspace", "workspace_bytes"), ("total", "total_bytes"), ("available", "available_bytes"),
     ):  # fmt: skip
-        print(f"{label:<12}{report[key]:>16,} bytes  {gibibytes(report[key]):>12}")  # type: ignore[arg-type]
+        print(f"{label:<12}{report[key]:>16,} bytes  {human_bytes(report[key]):>12}")  # type: ignore[arg-type]
     return 0
 
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
+import os
 import re
+import stat
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +25,15 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from orcd_jax.errors import GGUFError
 
-# Far above any real model, low enough that a file full of tiny items cannot hold the reader up.
-MAX_KEYS = 1 << 14
-MAX_TENSORS = 1 << 16
-MAX_STRINGS = 1 << 21
-MAX_NAME_BYTES = 1 << 10
+# Above any model of the supported families, low enough that a header full of tiny items takes neither long nor much
+# memory: a string of n bytes can need 76 + 4 n in Python.
+MAX_KEYS = 1 << 12
+MAX_TENSORS = 1 << 14
+MAX_STRINGS = 1 << 20
+MAX_STRING_BYTES = 1 << 24
+MAX_NAME_BYTES = 1 << 8
 MAX_ALIGNMENT = 1 << 20
-MAX_PARTS = 1 << 10
+MAX_PARTS = 1 << 7
 
 _STRING, _ARRAY = 8, 9
 _SCALARS: dict[int, np.dtype] = {
@@ -38,7 +42,15 @@ _SCALARS: dict[int, np.dtype] = {
         0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
     }.items()
 }  # fmt: skip
-_PART_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+_PART_NAME = re.compile(r"-([0-9]{5})-of-([0-9]{5})\.gguf$")
+
+
+def brief(value: object) -> str:
+    """A metadata value, whatever a file holds, as one short line for a message."""
+    if isinstance(value, list | np.ndarray):
+        return f"an array of {len(value)}"
+    text = repr(value[:80] if isinstance(value, str) else value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @dataclass(frozen=True)
@@ -76,37 +88,43 @@ class GGUFFile:
         """
         path = Path(path)
         match = _PART_NAME.search(path.name)
-        if match is None:
-            metadata, tensors = _Header(path).read()
-            if metadata.get("split.count", 1) not in (0, 1):
-                raise GGUFError(
-                    f"{path}: is one of {metadata['split.count']} parts, but is not named NAME-00001-of-"
-                    f"{metadata['split.count']:05}.gguf; rename the parts so that the others can be found"
-                )
-            return cls(path, metadata, tensors)
-        return cls._open_parts(path, match)
+        if match is not None:
+            return cls._open_parts(path, match)
+        metadata, tensors = _Header(path).read()
+        parts = metadata.get("split.count", 1)
+        if not isinstance(parts, int) or parts > 1:
+            raise GGUFError(
+                f"{path}: split.count is {brief(parts)}; expected 1, or the names NAME-00001-of-0000N.gguf, … by which "
+                "all parts can be found"
+            )
+        return cls(path, metadata, tensors)
 
     @classmethod
     def _open_parts(cls, path: Path, match: re.Match[str]) -> GGUFFile:
-        count = int(match[2])
-        if not 1 <= count <= MAX_PARTS:
-            raise GGUFError(f"{path}: the name says {count} parts; expected 1 to {MAX_PARTS}")
+        named, count = int(match[1]), int(match[2])
+        if not 1 <= named <= count <= MAX_PARTS:
+            raise GGUFError(f"{path}: the name says part {named} of {count}; expected at most {MAX_PARTS} parts")
         stem = path.name[: match.start()]
+        paths = [path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+        for number, part in enumerate(paths, 1):
+            if not os.path.exists(part):
+                raise GGUFError(f"{path}: part {number} of {count} is missing; expected it at {part}")
         first: dict[str, Any] = {}
         tensors: dict[str, TensorInfo] = {}
-        for number in range(1, count + 1):
-            part = path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf")
-            if not part.is_file():
-                raise GGUFError(f"{path}: part {number} of {count} is missing; expected it at {part}")
+        for index, part in enumerate(paths):
             metadata, part_tensors = _Header(part).read()
-            found = (metadata.get("split.no", number - 1), metadata.get("split.count", count))
-            if found != (number - 1, count):
-                raise GGUFError(f"{part}: split.no and split.count are {found}; expected {(number - 1, count)}")
-            for name, info in part_tensors.items():
-                if name in tensors:
-                    raise GGUFError(f"{part}: tensor {name!r} is in an earlier part too")
-                tensors[name] = info
-            first = first or metadata
+            for key, expected in (("split.no", index), ("split.count", count)):
+                found = metadata.get(key, expected)
+                if not isinstance(found, int) or found != expected:
+                    raise GGUFError(f"{part}: {key} is {brief(found)}; expected {expected}")
+            twice = tensors.keys() & part_tensors.keys()
+            if twice:
+                raise GGUFError(f"{part}: tensor {min(twice)!r} is in an earlier part too; expected it in one")
+            tensors |= part_tensors
+            if len(tensors) > MAX_TENSORS:
+                raise GGUFError(f"{part}: brings the tensors above {MAX_TENSORS}")
+            if index == 0:
+                first = metadata
         return cls(path, first, tensors)
 
 
@@ -117,19 +135,23 @@ class _Header:
         self.path = path
         self.position = 0
         self.strings_left = MAX_STRINGS
+        self.string_bytes_left = MAX_STRING_BYTES
         try:
+            # Asked before opening, which at a pipe would wait for ever.
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                self.fail("is not a regular file")
             with open(path, "rb") as f:
                 self.size = f.seek(0, 2)
                 if self.size < 24:
-                    self.fail(f"is {self.size} bytes long, too short for a GGUF file")
-                self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+                    self.fail(f"is {self.size} bytes long, too short for a GGUF file; expected at least 24")
+                self.map = mmap.mmap(f.fileno(), self.size, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             raise GGUFError(f"{path}: no such file") from None
-        except OSError as e:
-            raise GGUFError(f"{path}: cannot be read: {e.strerror}") from None
+        except (OSError, ValueError) as e:  # ValueError: a name that no file can have, or the file has just shrunk
+            self.fail(f"cannot be read: {getattr(e, 'strerror', None) or e}")
 
     def fail(self, what: str) -> NoReturn:
-        raise GGUFError(f"{self.path}: {what}")
+        raise GGUFError(f"{self.path}: {what}") from None
 
     def unpack(self, layout: str, what: str) -> int:
         size = struct.calcsize(layout)
@@ -144,8 +166,10 @@ class _Header:
         left = self.size - self.position
         if length > left:
             self.fail(f"{what} claims {length} bytes, but {left} remain in the file")
-        if limit is not None and length > limit:
+        limit = self.string_bytes_left if limit is None else min(limit, self.string_bytes_left)
+        if length > limit:
             self.fail(f"{what} is {length} bytes long; expected at most {limit}")
+        self.string_bytes_left -= length
         data = self.map[self.position : self.position + length]
         self.position += length
         try:
@@ -158,7 +182,9 @@ class _Header:
         self.strings_left -= count
         if self.strings_left < 0:
             self.fail(f"{what} brings the strings of the file above {MAX_STRINGS}")
-        result, data, size, position = [], self.map, self.size, self.position
+        result: list[str] = []
+        data, size, position = self.map, self.size, self.position
+        limit = position + 8 * count + self.string_bytes_left
         unpack = struct.Struct("<Q").unpack_from
         try:
             for _ in range(count):
@@ -166,12 +192,15 @@ class _Header:
                 start = position + 8
                 position = start + length
                 if position > size:
-                    self.fail(f"an item of {what} claims {length} bytes, but {size - start} remain in the file")
+                    self.fail(f"item {len(result)} of {what} claims {length} bytes, but {size - start} remain")
+                if position > limit:
+                    self.fail(f"{what} brings the text of the file above {MAX_STRING_BYTES} bytes")
                 result.append(data[start:position].decode("utf-8"))
         except struct.error:
             self.fail(f"the file ends inside {what}, at byte {size}")
         except UnicodeDecodeError:
             self.fail(f"item {len(result)} of {what} is not valid UTF-8")
+        self.string_bytes_left -= position - self.position - 8 * count
         self.position = position
         return result
 
@@ -227,8 +256,8 @@ class _Header:
 
     def tensors(self, count: int, metadata: dict[str, Any]) -> dict[str, TensorInfo]:
         alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
-            self.fail(f"general.alignment is {alignment!r}; expected a power of two up to {MAX_ALIGNMENT}")
+        if type(alignment) is not int or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+            self.fail(f"general.alignment is {brief(alignment)}; expected a power of two up to {MAX_ALIGNMENT}")
         entries: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}
         for index in range(count):
             name = self.string(f"the name of tensor {index}", MAX_NAME_BYTES)
@@ -244,7 +273,7 @@ class _Header:
             try:
                 kind = GGMLQuantizationType(number)
             except ValueError:
-                self.fail(f"{what} has the unknown type {number}")
+                self.fail(f"{what} has the type {number}; expected one that the GGUF format knows")
             if 0 in shape:
                 self.fail(f"{what} has the shape {list(shape)}; expected no axis of length 0")
             if offset % alignment:

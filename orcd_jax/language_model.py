@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from os import PathLike
 from typing import Any, Literal
 
@@ -22,8 +21,8 @@ from orcd_jax import decoding, hub
 from orcd_jax.cache import init_cache
 from orcd_jax.chat import ChatTemplate
 from orcd_jax.config import ModelConfig, WeightFormat
-from orcd_jax.device import available_bytes, check_fits, gibibytes, peak_bytes, select_device
-from orcd_jax.errors import CapacityError, GGUFError, NonFiniteError, RequestError
+from orcd_jax.device import available_bytes, check_fits, human_bytes, peak_bytes, select_device
+from orcd_jax.errors import CapacityError, GGUFError, NonFiniteError, RequestError, TemplateError
 from orcd_jax.gguf_reader import GGUFFile
 from orcd_jax.loader import Params, load_params
 from orcd_jax.sampling import Sampling, row_keys
@@ -194,6 +193,7 @@ class LanguageModel:
       config: frozen, static in every program.
       params: the pytree that `forward` and `generate_tokens` take.
       tokenizer: text to ids and back.
+      template: the file's chat template, or None.
       context: the most tokens, prompt and completion together, of a row.
       weights: the format of the matrices.
       device: where it runs.
@@ -204,14 +204,14 @@ class LanguageModel:
         config: ModelConfig,
         params: Params,
         tokenizer: Tokenizer,
-        file: GGUFFile,
+        template: ChatTemplate | None,
         *,
         context: int,
         weights: WeightFormat,
         device: jax.Device,
         load_s: float = 0.0,
     ):
-        self.config, self.params, self.tokenizer, self._file = config, params, tokenizer, file
+        self.config, self.params, self.tokenizer, self.template = config, params, tokenizer, template
         self.context, self.weights, self.device, self.load_s = context, weights, device, load_s
         self._buckets = _BUCKETS.get(device.platform, _BUCKETS["gpu"])
         self._programs: dict[Any, jax.stages.Compiled] = {}
@@ -225,7 +225,7 @@ class LanguageModel:
         max_new_tokens: int | Sequence[int] = 64,
         sampling: Sampling | Sequence[Sampling] = GREEDY,
         seed: int | Sequence[int] = 0,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | Sequence[Sequence[str]] = (),
         ignore_eos: bool = False,
         logprobs: int | None = None,
         progress: Callable[[int], None] | None = None,
@@ -235,9 +235,9 @@ class LanguageModel:
         Args:
           prompts: a text, texts, or lists of token ids; a text gets a BOS token if the file asks for one.
           max_new_tokens: at most so many, for all rows or one number a row.
-          sampling: for all rows, or one a row.
+          sampling: for all rows (its values may be arrays, one a row), or one a row.
           seed: for all rows, or one a row; 0 to 2^32 - 1. Like rows with like seeds have like completions.
-          stop: texts that end a completion and are not part of it.
+          stop: texts that end a completion and are not part of it; or such a list for each row.
           ignore_eos: do not end at the model's stop ids.
           logprobs: K from 0 to 20: report each token's log-probability and those of the K likeliest.
           progress: called with the number of rows that have ended since the last call.
@@ -303,21 +303,9 @@ class LanguageModel:
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation in the file's chat template, ready for the answer."""
-        return self.template.encode(messages)
-
-    @property
-    def has_template(self) -> bool:
-        """Whether the file holds a chat template, be it right or broken."""
-        return any(key.startswith("tokenizer.chat_template") for key in self._file.metadata)
-
-    @cached_property
-    def template(self) -> ChatTemplate:
-        """The file's chat template, compiled when it is first used.
-
-        Raises:
-          TemplateError: if there is none, or it is malformed.
-        """
-        return ChatTemplate.from_gguf(self._file, self.tokenizer)
+        if self.template is None:
+            raise TemplateError("the file has no chat template; use generate, or --raw on the command line")
+        return self.template.encode(self.tokenizer, messages)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a text, with a BOS token if the file asks for one."""
@@ -388,23 +376,29 @@ class LanguageModel:
         max_new_tokens: int | Sequence[int],
         sampling: Sampling | Sequence[Sampling],
         seed: int | Sequence[int],
-        stop: Sequence[str],
+        stop: Sequence[str] | Sequence[Sequence[str]],
         ignore_eos: bool,
     ) -> list[_Row]:
         count = len(prompts)
 
-        def per_row(value: Any, single: type | tuple[type, ...], name: str) -> list[Any]:
-            values = [value] * count if isinstance(value, single) else list(value)
+        def per_row(value: Any, name: str) -> list[Any]:
+            values = list(value) if isinstance(value, list | tuple | np.ndarray) else [value] * count
             if len(values) != count:
                 raise RequestError(f"{name} has {len(values)} values for {count} prompts")
             return values
 
         integer = (int, np.integer)
-        stop = [stop] if isinstance(stop, str) else list(stop)
-        budgets = per_row(max_new_tokens, integer, "max_new_tokens")
-        samplings, seeds = per_row(sampling, Sampling, "sampling"), per_row(seed, integer, "seed")
+        shared_stop = isinstance(stop, str) or all(isinstance(text, str) for text in stop)
+        columns = zip(
+            prompts,
+            per_row(max_new_tokens, "max_new_tokens"),
+            sampling.split(count) if isinstance(sampling, Sampling) else per_row(sampling, "sampling"),
+            per_row(seed, "seed"),
+            [stop] * count if shared_stop else per_row(stop, "stop"),
+            strict=True,
+        )
         rows = []
-        for index, (prompt, budget, how, row_seed) in enumerate(zip(prompts, budgets, samplings, seeds, strict=True)):
+        for index, (prompt, budget, how, row_seed, row_stop) in enumerate(columns):
             what = "the prompt" if count == 1 else f"prompt {index}"
             if isinstance(budget, bool) or not isinstance(budget, integer) or budget < 1:
                 raise RequestError(f"max_new_tokens is {budget}; expected a whole number of at least 1")
@@ -426,7 +420,7 @@ class LanguageModel:
                     sampling=how,
                     seed=int(row_seed),
                     stop_ids=() if ignore_eos else self.tokenizer.stop_ids,
-                    decoder=StreamDecoder(self.tokenizer, stop=stop),
+                    decoder=StreamDecoder(self.tokenizer, stop=row_stop),
                 )
             )
         return rows
@@ -456,7 +450,7 @@ class LanguageModel:
         check_fits(
             cache + config.workspace_bytes(batch, chunk, length) + extra,
             self.device,
-            f"a cache of {batch} x {length} tokens ({gibibytes(cache)}) with its workspace",
+            f"a cache of {batch} x {length} tokens ({human_bytes(cache)}) with its workspace",
             "use a shorter context, fewer rows at a time, or int8 weights",
         )
 
@@ -616,7 +610,7 @@ def load(
         raise RequestError(f"weights is {weights!r}; expected auto, int8, bf16 or f32")
     target = select_device(device)
     file, config = inspect(model, context, progress)
-    chosen = choose_weights(weights, file, config, target)
+    chosen = choose_weights(weights, matrix_types(file), config, target)
     config = configure(config, chosen, target)
     check_kv_cache(kv_cache)
     tokenizer = Tokenizer.from_gguf(file)
@@ -632,7 +626,7 @@ def load(
     _enable_compilation_cache()
     params = load_params(file, config, chosen, target, progress)
     return LanguageModel(
-        config, params, tokenizer, file,
+        config, params, tokenizer, ChatTemplate.from_gguf(file),
         context=context or config.context_length, weights=chosen, device=target, load_s=time.perf_counter() - start,
     )  # fmt: skip
 
@@ -648,14 +642,18 @@ def inspect(
     return file, config
 
 
-def choose_weights(weights: str, file: GGUFFile, config: ModelConfig, device: jax.Device) -> WeightFormat:
-    """Resolve "auto" as `load` describes."""
+def choose_weights(weights: str, types: Iterable[str], config: ModelConfig, device: jax.Device) -> WeightFormat:
+    """Resolve "auto" as `load` describes, `types` being the GGML types of the file's matrices."""
     if weights != "auto":
         return weights  # type: ignore[return-value]  # checked by load
     if device.platform == "cpu" and config.weight_bytes("f32") <= available_bytes(device) // 2:
         return "f32"
-    wide = all(len(t.shape) == 1 or t.type.name in ("F32", "F16", "BF16") for t in file.tensors.values())
-    return "bf16" if wide else "int8"
+    return "int8" if set(types) - {"F32", "F16", "BF16"} else "bf16"
+
+
+def matrix_types(file: GGUFFile) -> set[str]:
+    """The GGML types of a file's matrices."""
+    return {tensor.type.name for tensor in file.tensors.values() if len(tensor.shape) > 1}
 
 
 def configure(config: ModelConfig, weights: WeightFormat, device: jax.Device) -> ModelConfig:
@@ -687,6 +685,6 @@ def _out_of_memory(reason: jax.errors.JaxRuntimeError, device: jax.Device) -> Ex
     if "RESOURCE_EXHAUSTED" not in str(reason):
         return reason
     return CapacityError(
-        f"{device} ran out of memory with {gibibytes(available_bytes(device))} left; "
+        f"{device} ran out of memory with {human_bytes(available_bytes(device))} left; "
         "use a shorter context, fewer rows at a time, or int8 weights"
     )

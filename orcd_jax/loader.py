@@ -34,7 +34,8 @@ TENSOR_TYPES = (
     Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K,
 )  # fmt: skip
 
-_CHUNK_WEIGHTS = 1 << 20  # dequantised at a time by each thread
+_CHUNK_WEIGHTS = 1 << 18  # dequantised at a time by each thread, at some 12 bytes each
+_MAX_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -81,18 +82,11 @@ def load_params(
     Raises:
       GGUFError: for a tensor that is missing, unknown, of the wrong shape or an unsupported type, or not finite.
     """
-    plan = dict(_plan(file, config))
-    used = {part.info.name for parts in plan.values() for part in parts}
-    unknown = sorted(file.tensors.keys() - used - _CONFIG_TENSORS)
-    if unknown:
-        raise GGUFError(
-            f"{file.path}: tensor {unknown[0]!r} has no place in a {config.architecture} model of {config.n_layers} "
-            f"layers, {len(unknown)} such in all; expected only what such a model uses"
-        )
+    plan = _checked_plan(file, config)
     params: Params = {}
     total = sum(part.info.data.nbytes for parts in plan.values() for part in parts)
     with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS)) as pool,
         tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress, leave=False) as bar,
     ):
         for path, parts in plan.items():
@@ -104,6 +98,15 @@ def load_params(
             node[path[-1]] = jax.block_until_ready(jax.device_put(host, device))
             bar.update(sum(part.info.data.nbytes for part in parts))
     return params
+
+
+def check_tensors(file: GGUFFile, config: ModelConfig) -> None:
+    """Check that a file has exactly the tensors that its config asks for; their values are not read.
+
+    Raises:
+      GGUFError: for a tensor that is missing, unknown, of the wrong shape or an unsupported type.
+    """
+    _checked_plan(file, config)
 
 
 def random_params(config: ModelConfig, weights: WeightFormat, device: jax.Device, seed: int = 0) -> Params:
@@ -144,6 +147,18 @@ def _random_matrix(key: jax.Array, shape: tuple[int, ...], weights: WeightFormat
 
 def _matrix_dtype(weights: WeightFormat) -> Any:
     return np.float32 if weights == "f32" else ml_dtypes.bfloat16
+
+
+def _checked_plan(file: GGUFFile, config: ModelConfig) -> dict[tuple[str, ...], list[_Part]]:
+    plan = dict(_plan(file, config))
+    used = {part.info.name for parts in plan.values() for part in parts}
+    unknown = sorted(file.tensors.keys() - used - _CONFIG_TENSORS)
+    if unknown:
+        raise GGUFError(
+            f"{file.path}: tensor {unknown[0]!r} has no place in a {config.architecture} model of {config.n_layers} "
+            f"layers, {len(unknown)} such in all; expected only what such a model uses"
+        )
+    return plan
 
 
 def _plan(file: GGUFFile, config: ModelConfig) -> Iterator[tuple[tuple[str, ...], list[_Part]]]:

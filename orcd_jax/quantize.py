@@ -24,14 +24,17 @@ class QuantizedArray(NamedTuple):
 def quantize(x: np.ndarray) -> QuantizedArray:
     """Quantise float32 [out, in] to int8 blocks, symmetric, each block's largest magnitude at 127.
 
-    The values are rounded against the float16 scale that is stored, so that its rounding adds no error.
+    The values are rounded against the float16 scale that is stored, so that each is off by at most half of it.
 
     Raises:
       ValueError: if a value is not finite or too large for a float16 scale.
     """
     blocks = x.reshape(x.shape[0], -1, BLOCK)
+    largest = np.abs(blocks).max(axis=-1)
     with np.errstate(over="ignore"):
-        scales = (np.abs(blocks).max(axis=-1) / np.float32(127)).astype(np.float16)
+        scales = (largest / np.float32(127)).astype(np.float16)
+    # Among the subnormal ones the nearest scale can be far too small, down to zero.
+    scales = np.where(scales.astype(np.float32) * 127.5 < largest, np.nextafter(scales, np.float16(np.inf)), scales)
     if not np.isfinite(scales).all():
         raise ValueError("a value is not finite or too large for int8 blocks with float16 scales")
     inverse = np.divide(np.float32(1), scales, out=np.zeros(scales.shape, np.float32), where=scales != 0)

@@ -55,6 +55,20 @@ class Sampling:
                 if isinstance(value, bool | str | None) or not math.isfinite(value) or not allowed(value):
                     raise RequestError(f"{name} is {value}; expected {expected}")
 
+    def split(self, batch: int) -> list[Sampling]:
+        """One Sampling of plain numbers for each row.
+
+        Raises:
+          RequestError: if a value is an array of another length.
+        """
+        columns = {}
+        for field in fields(self):
+            values = np.ravel(getattr(self, field.name)).tolist()
+            if len(values) not in (1, batch):
+                raise RequestError(f"{field.name} has {len(values)} values for {batch} prompts")
+            columns[field.name] = values if len(values) == batch else values * batch
+        return [Sampling(*row) for row in zip(*columns.values(), strict=True)]
+
     def rows(self, batch: int) -> Sampling:
         """The same with every value an array [batch], int32 for top_k and float32 for the rest."""
         values = {}

@@ -103,9 +103,7 @@ class Tokenizer:
 
     def __init__(self, metadata: Mapping[str, Any]):
         """Build from a GGUF file's metadata; see `from_gguf`."""
-        self._model = metadata.get("tokenizer.ggml.model")
-        if self._model not in ("gpt2", "llama"):
-            raise GGUFError(f"tokenizer.ggml.model is {self._model!r}; supported are 'gpt2' and 'llama'")
+        self._model = _read_name(metadata, "tokenizer.ggml.model", ("gpt2", "llama"))
         self._texts = _read_texts(metadata)
         self.vocab_size = len(self._texts)
         bos, eos, eot, eom = (_read_id(metadata, name, self.vocab_size) for name in ("bos", "eos", "eot", "eom"))
@@ -122,8 +120,9 @@ class Tokenizer:
         self._special_ids = user_defined | controls
 
         if self._model == "gpt2":
-            pre = metadata.get("tokenizer.ggml.pre")
-            if pre is None:
+            if "tokenizer.ggml.pre" in metadata:
+                pre = _read_name(metadata, "tokenizer.ggml.pre", PRE_TOKENIZERS)
+            else:
                 warnings.warn("the file names no pre-tokeniser (tokenizer.ggml.pre); taking 'default'", stacklevel=3)
                 pre = "default"
             self._bpe, self._missing_bytes, self._characters = _byte_level_bpe(metadata, self._texts, kinds, pre)
@@ -262,7 +261,7 @@ class Tokenizer:
                 return id
         except TypeError:
             pass
-        raise RequestError(f"{id!r} is no token id; expected an integer of 0 to {self.vocab_size - 1}")
+        raise RequestError(f"{id!r:.80} is no token id; expected an integer of 0 to {self.vocab_size - 1}")
 
 
 class StreamDecoder:
@@ -290,7 +289,7 @@ class StreamDecoder:
         self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
         for text in self._stop:
             if not isinstance(text, str) or not text:
-                raise RequestError(f"a stop text is {text!r}; expected a text of at least one character")
+                raise RequestError(f"a stop text is {text!r:.80}; expected a text of at least one character")
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
         self.stopped = False
@@ -350,24 +349,25 @@ def _index(texts: Sequence[str], kinds: Sequence[int], kind: int) -> dict[str, i
 def _classify(texts: Sequence[str], types: np.ndarray, ends: set[int | None]) -> list[int]:
     """The kind of each token by the rules at the top of this file."""
     kinds: list[int] = types.tolist()
-    for i in np.flatnonzero(types != _NORMAL).tolist():
-        if _PADDING.fullmatch(texts[i]):
-            kinds[i] = _UNUSED
-        elif kinds[i] == TokenType.UNKNOWN or (kinds[i] == _USER_DEFINED and texts[i] in _OTHER_CONTROLS):
-            kinds[i] = _CONTROL
     for i, text in enumerate(texts):
-        # A single character stays text whatever the file says, or there would be no way to write it.
-        if (text[:2] == "<|" and _BAR_TOKEN.fullmatch(text)) or (i in ends and len(text) > 1):
+        kind = kinds[i]
+        if text[:1] == "[" and _PADDING.fullmatch(text):
+            kinds[i] = _UNUSED
+        elif (
+            kind == TokenType.UNKNOWN
+            or (kind == _USER_DEFINED and text in _OTHER_CONTROLS)
+            or (kind != _UNUSED and text[:2] == "<|" and _BAR_TOKEN.fullmatch(text))
+            # A single character stays text whatever the file says, or there would be no way to write it.
+            or (i in ends and len(text) > 1)
+        ):
             kinds[i] = _CONTROL
     return kinds
 
 
 def _byte_level_bpe(
-    metadata: Mapping[str, Any], texts: Sequence[str], kinds: Sequence[int], pre: Any
+    metadata: Mapping[str, Any], texts: Sequence[str], kinds: Sequence[int], pre: str
 ) -> tuple[tokenizers.Tokenizer, frozenset[int], frozenset[str]]:
     """The library's tokeniser; the bytes that it cannot express; the characters that need no bytes (none)."""
-    if pre not in PRE_TOKENIZERS:
-        raise GGUFError(f"tokenizer.ggml.pre is {pre!r}, which is not supported; supported are {[*PRE_TOKENIZERS]}")
     if _BYTE in kinds:
         raise GGUFError(f"tokenizer.ggml.token_type item {kinds.index(_BYTE)} is a byte token in a 'gpt2' vocabulary")
     vocabulary = _index(texts, kinds, _NORMAL)
@@ -398,7 +398,9 @@ def _sentencepiece_bpe(
     byte_tokens = _index(texts, kinds, _BYTE)
     for text, i in byte_tokens.items():
         if not _BYTE_TOKEN.fullmatch(text):
-            raise GGUFError(f"tokenizer.ggml.tokens item {i} is {text!r}, a byte by its type; expected <0x00> … <0xFF>")
+            raise GGUFError(
+                f"tokenizer.ggml.tokens item {i} is {text!r:.80}, a byte by its type; expected <0x00> … <0xFF>"
+            )
         pieces.pop(text, None)
     pairs = [
         (piece[:n], piece[n:])
@@ -409,6 +411,13 @@ def _sentencepiece_bpe(
     bpe = tokenizers.Tokenizer(models.BPE(pieces | byte_tokens, pairs, byte_fallback=True))
     missing = frozenset(range(256)) - {int(text[3:5], 16) for text in byte_tokens}
     return bpe, missing, frozenset(piece for piece in pieces if len(piece) == 1)
+
+
+def _read_name(metadata: Mapping[str, Any], key: str, supported: Iterable[str]) -> str:
+    value = metadata.get(key)
+    if not isinstance(value, str) or value not in supported:
+        raise GGUFError(f"{key} is {value!r:.80}; supported are {', '.join(map(repr, supported))}")
+    return value
 
 
 def _read_texts(metadata: Mapping[str, Any]) -> list[str]:
@@ -462,8 +471,8 @@ def _read_merges(
             yield left, right
         elif not {left, right, left + right} <= known:
             raise GGUFError(
-                f"tokenizer.ggml.merges item {number} is {merge!r}; expected two tokens of tokenizer.ggml.tokens, with "
-                "one space between them, that form a third"
+                f"tokenizer.ggml.merges item {number} is {merge!r:.80}; expected two tokens of tokenizer.ggml.tokens, "
+                "with one space between them, that form a third"
             )
 
 
@@ -471,12 +480,12 @@ def _read_id(metadata: Mapping[str, Any], name: str, size: int) -> int | None:
     key = f"tokenizer.ggml.{name}_token_id"
     value = metadata.get(key)
     if value is not None and (type(value) is not int or not 0 <= value < size):
-        raise GGUFError(f"{key} is {value!r}; expected an id of 0 to {size - 1}")
+        raise GGUFError(f"{key} is {value!r:.80}; expected an id of 0 to {size - 1}")
     return value
 
 
 def _read_flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
     value = metadata.get(f"tokenizer.ggml.{name}", default)
     if not isinstance(value, bool):
-        raise GGUFError(f"tokenizer.ggml.{name} is {value!r}; expected true or false")
+        raise GGUFError(f"tokenizer.ggml.{name} is {value!r:.80}; expected true or false")
     return value

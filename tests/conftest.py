@@ -46,3 +46,19 @@ def default_model() -> Path:
         return hub.resolve(hub.DEFAULT_MODEL, progress=False)
     except DownloadError as reason:
         pytest.skip(f"needs the default model: {reason}")
+
+
+_figures: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def figure():
+    """A function that takes a line for the end of the report: measured figures that the suite says aloud."""
+    return _figures.append
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _figures:
+        terminalreporter.section("figures")
+        for line in _figures:
+            terminalreporter.line(line)
