@@ -34,8 +34,8 @@ def main() -> None:
     path = hub.resolve(args.model)
     repeat = 1 if args.quick else args.repeat
     command = [
-        sys.executable, "-m", "orcd_jax.generate", "-m", str(path), "--weights", args.weights, "-p", "Hello.", "-n", "8",
-        "--temperature", "0", "--ignore-eos", *(["--device", args.device] if args.device else []),
+        sys.executable, "-m", "orcd_jax.generate", "-m", str(path), "--weights", args.weights, "-p", "Hello.",
+        "-n", "8", "--temperature", "0", "--ignore-eos", *(["--device", args.device] if args.device else []),
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         environment = {

@@ -31,8 +31,9 @@ from typing import Any, TypeVar
 from jinja2 import nodes, pass_environment
 from jinja2.exceptions import SecurityError
 from jinja2.filters import FILTERS, make_attrgetter
-from jinja2.runtime import Context, Namespace
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 from markupsafe import Markup
 
@@ -360,7 +361,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             self.spend(len(value))
         elif isinstance(value, _CONTAINERS):
             self.spend(_ITEM_COST * len(value))
-            self.check_expansion(value)
+            pass
         return value
 
     def concat(self, pieces: Iterable[Any]) -> str:

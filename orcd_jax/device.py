@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -60,6 +63,9 @@ _PEAK_BANDWIDTH = {
 }
 
 
+_SMALLER = "use a shorter context, fewer rows at a time, or int8 weights"
+
+
 def peak_bandwidth(device: jax.Device) -> float | None:
     """Bytes a second of the device's memory at best, where that is known."""
     return _PEAK_BANDWIDTH.get(device.device_kind)
@@ -71,6 +77,24 @@ def human_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count} B"
+
+
+@contextlib.contextmanager
+def memory_errors(device: jax.Device) -> Iterator[None]:
+    """Turn running out of memory inside the block, on the device or the host, into the project's error.
+
+    Raises:
+      CapacityError: if memory ran out. What the block had allocated is free again for a smaller request.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise CapacityError(f"the host ran out of memory; {_SMALLER}") from None
+    except jax.errors.JaxRuntimeError as reason:
+        if not re.search(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|bad_alloc", str(reason)):
+            raise
+        left = human_bytes(available_bytes(device))
+        raise CapacityError(f"{device} ran out of memory ({left} are left now); {_SMALLER}") from None
 
 
 def check_fits(required: int, device: jax.Device, what: str, advice: str) -> None:

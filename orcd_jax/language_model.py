@@ -6,6 +6,7 @@ once. While the host reads one chunk of tokens, the next is already running.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,8 +22,8 @@ from orcd_jax import decoding, hub
 from orcd_jax.cache import init_cache
 from orcd_jax.chat import ChatTemplate
 from orcd_jax.config import ModelConfig, WeightFormat
-from orcd_jax.device import available_bytes, check_fits, human_bytes, peak_bytes, select_device
-from orcd_jax.errors import CapacityError, GGUFError, NonFiniteError, RequestError, TemplateError
+from orcd_jax.device import available_bytes, check_fits, human_bytes, memory_errors, peak_bytes, select_device
+from orcd_jax.errors import GGUFError, NonFiniteError, RequestError, TemplateError
 from orcd_jax.gguf_reader import GGUFFile
 from orcd_jax.loader import Params, load_params
 from orcd_jax.sampling import Sampling, row_keys
@@ -110,11 +111,6 @@ class _Row:
         """Take one token of the device's and return the text that it settles."""
         if self.finish_reason is not None:
             return ""
-        if token == decoding.NOT_FINITE:
-            raise NonFiniteError(
-                f"the model's logits are not finite after {len(self.ids) + len(self.token_ids)} tokens; "
-                "its weights, or activations in bfloat16, overflow: try weights='f32'"
-            )
         if token in self.stop_ids:
             self.finish_reason = "stop"
             return self._settle(self.decoder.flush())
@@ -318,7 +314,7 @@ class LanguageModel:
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits after every token of a sequence, teacher-forced: float32 [T, V]."""
         ids = self._check_ids(list(token_ids), "the sequence")
-        return np.concatenate([np.asarray(x)[0, :n] for x, n in self._teacher_forced(ids, decoding.forward)])
+        return np.concatenate(list(self._teacher_forced(ids, decoding.forward)))
 
     def score(self, texts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
         """Log-likelihood and perplexity of texts (a BOS token first if the file asks for one) or lists of ids."""
@@ -328,12 +324,14 @@ class LanguageModel:
         ids = self._check_ids(self.encode_prompt(text) if isinstance(text, str) else list(text), "the text")
         if len(ids) < 2:
             raise RequestError("a text of one token has nothing to score; give at least two tokens")
-        parts = [np.asarray(x)[0, :n] for x, n in self._teacher_forced(ids, decoding.next_logprobs)]
-        total = float(np.concatenate(parts)[:-1].sum(dtype=np.float64))  # the last has no next token
+        logprobs = np.concatenate(list(self._teacher_forced(ids, decoding.next_logprobs)))
+        total = float(logprobs[:-1].sum(dtype=np.float64))  # the last has no next token
+        if not math.isfinite(total):
+            raise self._not_finite(ids)
         return Score(total, len(ids) - 1, float(np.exp(-total / (len(ids) - 1))))
 
-    def _teacher_forced(self, ids: list[int], program: Callable[..., Any]) -> Iterator[tuple[jax.Array, int]]:
-        """Run a sequence in chunks; yield each chunk's result and how many of its positions are real."""
+    def _teacher_forced(self, ids: list[int], program: Callable[..., Any]) -> Iterator[np.ndarray]:
+        """Run a sequence in chunks; yield each chunk's result for its positions."""
         clock = _Clock(self.load_s)
         length = self._cache_bucket(len(ids))
         self._check_capacity(1, length, _SCORE_CHUNK, 2 * 4 * _SCORE_CHUNK * self.config.vocab_size)
@@ -343,8 +341,10 @@ class LanguageModel:
             count = min(len(piece), _SCORE_CHUNK)
             tokens = np.zeros((1, _SCORE_CHUNK + 1), np.int32)
             tokens[0, : len(piece)] = piece
-            result, cache = self._call(clock, program, (tokens, cache, np.full(1, count, np.int32)), donate=1)
-            yield result, count
+            with memory_errors(self.device):
+                result, cache = self._call(clock, program, (tokens, cache, np.full(1, count, np.int32)), donate=1)
+                values = np.asarray(result)[0, :count]
+            yield values
 
     def memory(self) -> dict[str, int]:
         """Bytes by formula and as they are.
@@ -362,11 +362,18 @@ class LanguageModel:
             "kv_bytes_per_token": config.cache_bytes(1, 1),
             "kv_bytes": config.cache_bytes(1, self.context),
             "workspace_formula_bytes": config.workspace_bytes(1, min(chunk, self.context), self.context),
-            "workspace_bytes": max(
-                (p.memory_analysis().temp_size_in_bytes for p in self._programs.values()), default=0
-            ),
+            "workspace_bytes": max(map(_temporary_bytes, self._programs.values()), default=0),
             "peak_bytes": peak_bytes(self.device),
         }
+
+    def _not_finite(self, ids: list[int]) -> NonFiniteError:
+        """The error for a sequence whose logits are not finite; names the part of the model where that begins."""
+        tokens = jnp.asarray([ids], jnp.int32, device=self.device)
+        where = decoding.first_not_finite(self.params, self.config, tokens) or "only some of the batched programs"
+        return NonFiniteError(
+            f"the model's logits are not finite after {len(ids)} tokens, beginning in {where}; the weights may be "
+            "damaged, or too large for bfloat16 activations: try weights='f32'"
+        )
 
     # Checks
 
@@ -445,19 +452,22 @@ class LanguageModel:
             raise RequestError(f"logprobs is {logprobs}; expected a whole number from 0 to {highest}")
 
     def _check_capacity(self, batch: int, length: int, chunk: int, extra: int = 0) -> None:
+        """Refuse a request whose cache and workspace do not fit, saying how long a context would."""
         config = self.config
-        cache = config.cache_bytes(batch, length)
-        check_fits(
-            cache + config.workspace_bytes(batch, chunk, length) + extra,
-            self.device,
-            f"a cache of {batch} x {length} tokens ({human_bytes(cache)}) with its workspace",
-            "use a shorter context, fewer rows at a time, or int8 weights",
-        )
+        cache, workspace = config.cache_bytes(batch, length), config.workspace_bytes(batch, chunk, length) + extra
+        fits = (available_bytes(self.device) - workspace) // config.cache_bytes(batch, 1)
+        instead = f"a context of {fits} tokens would fit" if fits > 0 else "fewer rows at a time may fit"
+        what = f"a cache of {batch} x {length} tokens ({human_bytes(cache)}) with its workspace"
+        check_fits(cache + workspace, self.device, what, instead)
 
     # Programs
 
     def _run(self, rows: list[_Row], logprobs: int | None, clock: _Clock) -> Iterator[list[str]]:
         """Prefill and decode rows as one batch; yield each row's new text, chunk by chunk."""
+        with memory_errors(self.device):
+            yield from self._run_batch(rows, logprobs, clock)
+
+    def _run_batch(self, rows: list[_Row], logprobs: int | None, clock: _Clock) -> Iterator[list[str]]:
         batch = 1 << (len(rows) - 1).bit_length()
         length = self._cache_bucket(max(len(row.ids) + row.budget for row in rows))
         longest = max(len(row.ids) for row in rows)
@@ -491,6 +501,9 @@ class LanguageModel:
 
     def _accept(self, rows: list[_Row], chunk: decoding.Emitted, logprobs: int | None) -> list[str]:
         tokens = np.asarray(chunk.tokens)
+        for step, i in np.argwhere(tokens == decoding.NOT_FINITE).tolist():
+            if i < len(rows) and rows[i].finish_reason is None:
+                raise self._not_finite(rows[i].ids + rows[i].token_ids + tokens[:step, i].tolist())
         pieces = [""] * len(rows)
         reports = None if logprobs is None else [np.asarray(x) for x in chunk[1:]]
         for step in range(tokens.shape[0]):
@@ -557,10 +570,7 @@ class LanguageModel:
                     clock.compile_s += took
                     clock.start += took
                 program = self._programs[key]
-            try:
-                return program(*((self.params,) if params else ()), *args)
-            except jax.errors.JaxRuntimeError as reason:
-                raise _out_of_memory(reason, self.device) from None
+            return program(*((self.params,) if params else ()), *args)
 
     def _compile(self, function: Callable[..., Any], args: tuple, params: bool, donate: Any, static: dict) -> Any:
         donated = tuple(i + params for i in np.ravel(donate).astype(int).tolist())
@@ -570,10 +580,7 @@ class LanguageModel:
             return function(*before, self.config, *args[params:], **static)
 
         call.__name__ = function.__name__  # seen in profiles and dumps
-        try:
-            return jax.jit(call, donate_argnums=donated).lower(*((self.params,) if params else ()), *args).compile()
-        except jax.errors.JaxRuntimeError as reason:
-            raise _out_of_memory(reason, self.device) from None
+        return jax.jit(call, donate_argnums=donated).lower(*((self.params,) if params else ()), *args).compile()
 
     def _cache_bucket(self, length: int) -> int:
         """The cache length for so many tokens: a power of two from 256 up, or the whole context."""
@@ -620,11 +627,11 @@ def load(
             f"{config.vocab_size} rows of 'token_embd.weight'"
         )
     config = replace(config, known_tokens=tokenizer.known_tokens, stop_ids=tokenizer.stop_ids)
-    check_fits(
-        config.weight_bytes(chosen), target, f"{file.path.name} as {chosen}", "ask for int8 weights or a smaller model"
-    )
+    smaller = "weights='int8' would need " + human_bytes(config.weight_bytes("int8")) if chosen != "int8" else ""
+    check_fits(config.weight_bytes(chosen), target, f"{file.path.name} as {chosen}", smaller or "use a smaller model")
     _enable_compilation_cache()
-    params = load_params(file, config, chosen, target, progress)
+    with memory_errors(target):
+        params = load_params(file, config, chosen, target, progress)
     return LanguageModel(
         config, params, tokenizer, ChatTemplate.from_gguf(file),
         context=context or config.context_length, weights=chosen, device=target, load_s=time.perf_counter() - start,
@@ -678,13 +685,3 @@ def _enable_compilation_cache() -> None:
 def _temporary_bytes(program: jax.stages.Compiled) -> int:
     analysis: Any = program.memory_analysis()
     return analysis.temp_size_in_bytes if analysis is not None else 0
-
-
-def _out_of_memory(reason: jax.errors.JaxRuntimeError, device: jax.Device) -> Exception:
-    """The project's error for a runtime error that says that memory ran out; any other as it is."""
-    if "RESOURCE_EXHAUSTED" not in str(reason):
-        return reason
-    return CapacityError(
-        f"{device} ran out of memory with {human_bytes(available_bytes(device))} left; "
-        "use a shorter context, fewer rows at a time, or int8 weights"
-    )

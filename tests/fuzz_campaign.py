@@ -1,8 +1,8 @@
 """Damages valid tiny GGUF files in many ways and loads each: `python tests/fuzz_campaign.py --random 100000`.
 
 A case must end in a model with finite logits or in the project's own error, within the limits of time and memory.
-`test_fuzz.py` runs a short campaign. A summary is printed as JSON: cases, outcomes, faults (with what it takes to
-repeat one: `--first N --cases 1`), the slowest and the largest load that failed.
+`test_fuzz.py` runs a short campaign. A summary is printed as JSON: cases, outcomes, faults (case N runs again with the
+same seed and `--first N --cases 1 --processes 1`), the slowest and the largest of the loads that were refused.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import dataclasses
 import faulthandler
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -27,16 +28,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
+from gguf_bytes import BOOL, F32, F64, I32, I64, STRING, U32, U64, array, gguf, key, scalar, string, tensor
 from tiny_models import SPECS, TensorType, write_gguf
 
+import orcd_jax
+
 MEMORY_LIMIT = 200 << 20  # bytes above what was mapped before, and the file
-TIME_LIMIT_S = 20  # a case that takes longer ends the process; far above what is asserted, for machines under load
+TIME_LIMIT_S = 20  # ends the process; far above the 2 s of CPU time that are allowed, for machines under load
 
 _COUNTS = (0, 1, 1 << 31, (1 << 63) - 1, (1 << 64) - 1)
+NOT_FINITE = "loaded, logits not finite"
+
 _VARYING = re.compile(r"\S*[0-9.'\"\[]\S*")  # names, numbers and paths in a message
 
 
@@ -125,19 +129,12 @@ class Layout:
         return bytes(header) + bytes(-len(header) % 32) + self.data[self.start :]
 
 
-def _typed(kind: int, payload: bytes) -> bytes:
-    return struct.pack("<I", kind) + payload
-
-
 # Well-formed values of every type, for keys that want another.
 _VALUES = {
-    "false": _typed(7, b"\0"), "true": _typed(7, b"\1"), "0": _typed(4, bytes(4)), "-1": _typed(11, b"\xff" * 8),
-    "2^64 - 1": _typed(10, b"\xff" * 8), "0.5": _typed(6, struct.pack("<f", 0.5)),
-    "nan": _typed(12, struct.pack("<d", np.nan)), "empty text": _typed(8, bytes(8)),
-    "text": _typed(8, struct.pack("<Q", 7) + b"a\n\x1b[1m{"), "no numbers": _typed(9, struct.pack("<IQ", 5, 0)),
-    "no texts": _typed(9, struct.pack("<IQ", 8, 0)), "numbers": _typed(9, struct.pack("<IQ400i", 5, 400, *range(400))),
-    "floats": _typed(9, struct.pack("<IQ384f", 6, 384, *[np.nan] * 384)),
-    "texts": _typed(9, struct.pack("<IQ", 8, 384) + (struct.pack("<Q", 1) + b"x") * 384),
+    "false": scalar(BOOL, False), "true": scalar(BOOL, True), "0": scalar(U32, 0), "-1": scalar(I64, -1),
+    "2^64 - 1": scalar(U64, 2**64 - 1), "0.5": scalar(F32, 0.5), "nan": scalar(F64, np.nan), "no text": string(""),
+    "a text": string("a\n\x1b[1m{"), "no numbers": array(I32), "no texts": array(STRING),
+    "numbers": array(I32, range(400)), "nans": array(F32, [np.nan] * 384), "texts": array(STRING, ["x"] * 384),
 }  # fmt: skip
 
 
@@ -204,14 +201,84 @@ def random_damage(data: bytes, header: int, rng: np.random.Generator) -> tuple[s
 # Files
 
 
+def crafted() -> Iterator[tuple[str, bytes]]:
+    """Files made to take as much time or memory as they can before they are found out."""
+    many, most = 1 << 19, 1 << 20
+    short = [f"{n:05x}" for n in range(many)]
+    wide = [f"{n:05x}😀" for n in range(many)]  # each character takes four bytes in Python
+    bad = key("bad", string(b"\xff"))
+    yield "49 bytes that claim an array of 2^63 numbers", gguf([key("a", array(I64, count=1 << 63))])
+    yield "4 million empty texts", gguf([key("a", array(STRING, [b""] * (4 << 20)))])
+    yield "a million empty texts, then no UTF-8", gguf([key("a", array(STRING, [b""] * most)), bad])
+    yield "a million texts of wide characters, then no UTF-8", gguf([key("a", array(STRING, 2 * wide)), bad])
+    yield "a text of 16 MB of wide characters, then no UTF-8", gguf([key("a", string("😀" + "a" * (15 << 20))), bad])
+    yield "a text of 100 MB", gguf([key("a", string(b"a" * (100 << 20)))])
+    yield "100 MB of numbers, then no UTF-8", gguf([key("a", array(I32, np.zeros(25 << 20))), bad])
+    yield "4,096 keys, the last twice", gguf([key(f"{n % 4095:0250}", array(U32)) for n in range(4096)])
+    tensors = [tensor(f"{n:0250}", (1, 1, 1, 1), 0, 32 * min(n, (1 << 14) - 2)) for n in range(1 << 14)]
+    yield "16,384 tensors, the last two in one place", gguf([], tensors, bytes(32 << 14))
+    yield "a tensor of 2^63 x 2^63 x 2^63", gguf([], [tensor("a", [1 << 63] * 3)], bytes(32))
+
+    def model(rows: int, keys: dict[str, bytes], layers: int = 1) -> bytes:
+        metadata = {
+            "general.architecture": string("llama"), "llama.embedding_length": scalar(U32, 2),
+            "llama.attention.head_count": scalar(U32, 1), "llama.context_length": scalar(U32, 64),
+            "llama.block_count": scalar(U32, layers), "llama.feed_forward_length": scalar(U32, 2),
+            "llama.attention.layer_norm_rms_epsilon": scalar(F32, 1e-5), **keys,
+        }  # fmt: skip
+        shapes = {"token_embd.weight": (rows, 2), "output_norm.weight": (2,)}
+        for layer in range(layers):
+            for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+                shapes[f"blk.{layer}.{name}.weight"] = (2, 2)
+            shapes |= {f"blk.{layer}.{name}_norm.weight": (2,) for name in ("attn", "ffn")}
+        entries, data = [], b""
+        for name, shape in shapes.items():
+            entries.append(tensor(name, shape, offset=len(data)))
+            data += bytes(-(-4 * math.prod(shape) // 32) * 32)
+        return gguf([key(name, value) for name, value in metadata.items()], entries, data)
+
+    def vocabulary(kind: str, tokens: list[str], **keys: bytes) -> dict[str, bytes]:
+        keys = {"model": string(kind), "pre": string("gpt-2"), "tokens": array(STRING, tokens), **keys}
+        return {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
+
+    types = {"token_type": array(I32, np.ones(many))}
+    merges = array(STRING, [f"{t[0]} {t[1:]}" for t in short[:-1]] + ["not there"])
+    tiny = vocabulary("gpt2", short[:384], merges=array(STRING))
+    yield "256 layers that are not there", model(384, {**tiny, "llama.block_count": scalar(U32, 256)})
+    yield "a million tokens for 384 rows", model(384, vocabulary("gpt2", 2 * short))
+    yield (
+        "a model of 256 layers whose tokens end in a wrong merge",
+        model(384, vocabulary("gpt2", short[:384], merges=array(STRING, ["0 0", "not there"])), layers=256),
+    )
+    yield (
+        "half a million tokens and merges, the last one wrong",
+        model(many, vocabulary("gpt2", [*short[:-300], *(f"{n:x}" for n in range(300))], merges=merges, **types)),
+    )
+    yield (
+        "half a million tokens with scores, the last one no number",
+        model(many, vocabulary("llama", wide, scores=array(F32, [*range(many - 1), np.nan]), **types)),
+    )
+    yield (
+        "half a million control tokens",
+        model(many, vocabulary("llama", wide, scores=array(F32, range(many)), token_type=array(I32, np.full(many, 3)))),
+    )
+    long = ["a" * n for n in range(1, 2800)]
+    yield (
+        "tokens that are one another's beginnings and no byte tokens",
+        model(
+            len(long), vocabulary("llama", long, scores=array(F32, range(len(long))), eos_token_id=scalar(U32, 1 << 31))
+        ),
+    )
+
+
 def base_files(folder: Path) -> list[tuple[str, bytes]]:
     """Valid files of every architecture, quantised and not, with both kinds of vocabulary: (weights, content)."""
     mixed = {"token_embd.*": TensorType.Q8_0, "*attn*": TensorType.Q5_1, "*": TensorType.Q4_0}
     k_quants = {"*attn*": TensorType.Q4_K, "*ffn_down*": TensorType.Q2_K, "*": TensorType.Q6_K}
     files = []
     for name, weights, types in (
-        ("qwen2", "f32", None), ("phi3", "f32", None), ("llama", "f32", None), ("phi3-longrope", "bf16", None),
-        ("qwen2", "int8", mixed), ("phi3", "int8", mixed), ("llama-wide", "int8", k_quants),
+        ("qwen2", "int8", mixed), ("phi3", "f32", None), ("llama-wide", "int8", k_quants), ("qwen2", "f32", None),
+        ("phi3", "int8", mixed), ("llama", "f32", None), ("phi3-longrope", "bf16", None),
     ):  # fmt: skip
         spec = dataclasses.replace(SPECS[name], n_layers=1)
         path = write_gguf(folder / "base.gguf", spec, tensor_types=types)
@@ -219,24 +286,19 @@ def base_files(folder: Path) -> list[tuple[str, bytes]]:
     return files
 
 
-class Cases:
-    """All cases, by number: first the systematic ones, if they are wanted, then random ones without end."""
-
-    def __init__(self, files: list[tuple[str, bytes]], with_systematic: bool, seed: int):
-        self.files, self.with_systematic, self.seed = files, with_systematic, seed
-        self.headers = [Layout(data).header_end for _, data in files]
-
-    def __iter__(self) -> Iterator[tuple[str, str, bytes]]:
-        """Endless: (weights, description, content)."""
-        if self.with_systematic:
-            for number, (weights, data) in enumerate(self.files):
-                yield from ((weights, f"file {number}: {what}", damaged) for what, damaged in systematic(data))
-        for case in itertools.count():
-            rng = np.random.default_rng([self.seed, case])
-            number = case % len(self.files)
-            weights, data = self.files[number]
-            what, damaged = random_damage(data, self.headers[number], rng)
-            yield weights, f"file {number}: {what}", damaged
+def all_cases(
+    files: list[tuple[str, bytes]], thorough: int, random: int, seed: int
+) -> Iterator[tuple[str, str, bytes]]:
+    """All cases in order: (weights, what it is, content)."""
+    yield from (("int8", what, data) for what, data in crafted())
+    for number, (weights, data) in enumerate(files[:thorough]):
+        yield from ((weights, f"file {number}, {what}", damaged) for what, damaged in systematic(data))
+    headers = [Layout(data).header_end for _, data in files]
+    for case in range(random):
+        number = case % len(files)
+        weights, data = files[number]
+        what, damaged = random_damage(data, headers[number], np.random.default_rng([seed, case]))
+        yield weights, f"file {number}, {what}", damaged
 
 
 # Running
@@ -244,127 +306,64 @@ class Cases:
 
 def _status(name: str) -> int:
     """A size of this process in bytes: VmSize, VmRSS or VmHWM."""
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(text.split(f"{name}:")[1].split()[0])
+    return 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
 
 
-def _load(path: Path, weights: str) -> str:
-    """Load a model and run it; the outcome in a word."""
-    import jax.numpy as jnp
-
-    import orcd_jax
-
+def _load(path: Path, weights: Any) -> bool:
+    """Load a model and run it; whether its logits are finite."""
     model = orcd_jax.load(path, weights=weights, device="cpu")
-    ids = model.tokenizer.encode("Hello world, it is 12:30.")
-    model.tokenizer.decode(ids)
-    # Not compiled: a damaged config would need a program of its own, and single operations are compiled already.
+    model.tokenizer.decode(model.tokenizer.encode("Hello world, it is 12:30."))
+    # Not compiled: a damaged config would need a program of its own, while single operations are compiled already.
     tokens = jnp.asarray([[0, 7, 99, 5]]) % model.config.vocab_size
     logits, _ = orcd_jax.forward(model.params, model.config, tokens, orcd_jax.init_cache(model.config, 1, 4))
-    return "loaded" if np.isfinite(logits).all() else "loaded, logits not finite"
+    return bool(np.isfinite(logits).all())
 
 
-def run(cases: Iterator[tuple[int, tuple[str, str, bytes]]], folder: Path, where: Path) -> dict[str, Any]:
-    """Run cases in this process, writing the number of each to `where` before it begins."""
-    from orcd_jax.errors import OrcdJaxError
-
+def run(cases: Iterator[tuple[int, tuple[str, str, bytes]]], folder: Path, progress: Path) -> dict[str, Any]:
+    """Run cases in this process; `progress` always holds the one that is running."""
     warnings.simplefilter("ignore")  # of a vocabulary without a pre-tokeniser
-    path = folder / f"case-{os.getpid()}.gguf"
+    path = folder / "case.gguf"
     outcomes: collections.Counter[str] = collections.Counter()
     faults: list[str] = []
-    slowest = largest = (0.0, "")
-    not_finite: list[str] = []
-    count = 0
+    slowest, largest = (0.0, ""), (0.0, "")
     for number, (weights, what, data) in cases:
-        count += 1
+        case = f"case {number}: {what}"
         path.write_bytes(data)
-        where.write_text(f"{number}: {what}")
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-        before, cpu = _status("VmRSS"), time.process_time()
-        soft = _status("VmSize") + len(data) + MEMORY_LIMIT
-        resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
+        progress.write_text(case)
+        Path("/proc/self/clear_refs").write_text("5")  # lets VmHWM begin again
+        resident, cpu = _status("VmRSS"), time.process_time()
+        resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + len(data) + MEMORY_LIMIT, resource.RLIM_INFINITY))
         faulthandler.dump_traceback_later(TIME_LIMIT_S, exit=True)
+        refused = False
         try:
-            outcome = _load(path, weights)
-            if outcome != "loaded":
-                not_finite.append(f"case {number}: {what}")
-        except OrcdJaxError as e:
-            outcome = f"{type(e).__name__}: {_VARYING.sub('…', str(e))[:60]}"
-            if str(e).count("\n") or len(str(e)) > 1000:
-                faults.append(f"case {number}: {what}: the message is not one short line: {e!r:.300}")
-        except BaseException as e:
-            outcome = f"fault: {type(e).__name__}"
-            faults.append(f"case {number}: {what}: {''.join(traceback.format_exception(e)[-3:])}")
+            outcome = "loaded" if _load(path, weights) else NOT_FINITE
+        except orcd_jax.OrcdJaxError as reason:
+            refused = True
+            message = str(reason)
+            outcome = f"{type(reason).__name__}: {_VARYING.sub('…', message)[:60]}"
+            if len(message.splitlines()) != 1 or len(message) > 1000 or not message.isprintable():
+                faults.append(f"{case}: the message is not one short line: {message[:500]!r}")
+        except BaseException as reason:  # a panic of the tokenizers library is no Exception
+            outcome = f"fault: {type(reason).__name__}"
+            faults.append(f"{case}: {''.join(traceback.format_exception(reason)[-3:])}")
         finally:
             faulthandler.cancel_dump_traceback_later()
             resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        if not outcome.startswith("loaded"):
-            slowest = max(slowest, (time.process_time() - cpu, f"case {number}: {what}"))
-            largest = max(largest, ((_status("VmHWM") - before) / 2**20, f"case {number}: {what}"))
+        if refused:
+            slowest = max(slowest, (time.process_time() - cpu, case))
+            largest = max(largest, ((_status("VmHWM") - resident) / 2**20, case))
+        if outcome == NOT_FINITE and outcomes[outcome] < 2 and not _says_not_finite(path, weights):
+            faults.append(f"{case}: logits are not finite, and generate does not say so")
         outcomes[outcome] += 1
-    path.unlink(missing_ok=True)
-    return {
-        "cases": count, "outcomes": outcomes, "faults": faults, "not_finite": not_finite,
-        "slowest_s": slowest, "largest_mib": largest,
-    }  # fmt: skip
+    return {"outcomes": outcomes, "faults": faults, "slowest_s": slowest, "largest_mib": largest}
 
 
-def campaign(
-    systematic: bool = True, random: int = 0, seed: int = 0, processes: int = 1, first: int = 0, cases: int | None = None
-) -> dict[str, Any]:
-    """Run a campaign in child processes; returns their summaries merged. A child that dies is a fault."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        command = [sys.executable, __file__, "--random", str(random), "--seed", str(seed), "--first", str(first)]
-        command += [] if systematic else ["--no-systematic"]
-        command += [] if cases is None else ["--cases", str(cases)]
-        environment = os.environ | {
-            "ORCD_JAX_CACHE": name, "JAX_PLATFORMS": "cpu", "MALLOC_ARENA_MAX": "2",  # threads reserve 64 MiB each
-        }  # fmt: skip
-        children = []
-        for index in range(processes):
-            where = folder / f"where-{index}"
-            argv = [*command, "--processes", str(processes), "--child", str(index), "--folder", name]
-            errors = (folder / f"stderr-{index}").open("w+")
-            child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
-            children.append((child, where, errors))
-        total: dict[str, Any] = {
-            "cases": 0, "outcomes": collections.Counter(), "faults": [], "not_finite": [],
-            "slowest_s": (0.0, ""), "largest_mib": (0.0, ""),
-        }  # fmt: skip
-        for child, where, errors in children:
-            output, _ = child.communicate()
-            if child.returncode:
-                errors.seek(0)
-                at = where.read_text() if where.exists() else "no case yet"
-                total["faults"].append(f"died with {child.returncode} at {at}: {errors.read()[-2000:]}")
-                continue
-            summary = json.loads(output)
-            for key in ("cases", "faults", "not_finite"):
-                total[key] += summary[key]
-            total["outcomes"].update(summary["outcomes"])
-            for key in ("slowest_s", "largest_mib"):
-                total[key] = max(total[key], tuple(summary[key]))
-    total["outcomes"] = dict(total["outcomes"].most_common())
-    return total
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--random", type=int, default=100_000, help="random cases after the systematic ones")
-    parser.add_argument("--no-systematic", dest="systematic", action="store_false")
-    parser.add_argument("--seed", type=int, default=0, help="of the random cases")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--first", type=int, default=0, help="number of the first case to run")
-    parser.add_argument("--cases", type=int, help="how many to run; all of them if absent")
-    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child is None:
-        names = ("systematic", "random", "seed", "processes", "first", "cases")
-        summary = campaign(**{name: getattr(options, name) for name in names})
-    else:
-        summary = run_slice(options)
-    json.dump(summary, sys.stdout, indent=1, ensure_ascii=False)
+def _says_not_finite(path: Path, weights: Any) -> bool:
+    try:
+        orcd_jax.load(path, weights=weights, device="cpu").generate([[0, 7, 99, 5]], max_new_tokens=1)
+    except orcd_jax.NonFiniteError:
+        return True
+    return False
 
 
 def run_slice(options: argparse.Namespace) -> dict[str, Any]:
@@ -373,15 +372,59 @@ def run_slice(options: argparse.Namespace) -> dict[str, Any]:
     folder.mkdir()
     files = base_files(folder)
     for weights, data in files:  # compile what all cases need before memory is limited
-        (folder / "valid.gguf").write_bytes(data)
-        outcome = _load(folder / "valid.gguf", weights)
-        assert outcome == "loaded", outcome
-    fixed = sum(1 for _, data in files for _ in systematic(data)) if options.systematic else 0
-    end = fixed + options.random if options.cases is None else options.first + options.cases
-    cases = itertools.islice(
-        enumerate(Cases(files, options.systematic, options.seed)), options.first + options.child, end, options.processes
-    )
-    return run(cases, folder, options.folder / f"where-{options.child}")
+        (folder / "case.gguf").write_bytes(data)
+        assert _load(folder / "case.gguf", weights), "a valid file"
+    cases = enumerate(all_cases(files, options.thorough, options.random, options.seed))
+    end = None if options.cases is None else options.first + options.cases
+    mine = itertools.islice(cases, options.first + options.child, end, options.processes)
+    return run(mine, folder, folder / "progress")
+
+
+def campaign(*arguments: str, processes: int) -> dict[str, Any]:
+    """Run a campaign in child processes; returns their summaries merged. A child that dies is a fault."""
+    total: dict[str, Any] = {"cases": 0, "faults": [], "slowest_s": (0.0, ""), "largest_mib": (0.0, "")}
+    outcomes: collections.Counter[str] = collections.Counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        environment = os.environ | {
+            "ORCD_JAX_CACHE": name,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "MALLOC_ARENA_MAX": "2",  # every thread would reserve address space
+        }
+        children = []
+        for index in range(processes):
+            command = [sys.executable, __file__, *arguments, "--processes", str(processes), "--child", str(index)]
+            with (folder / f"stdout-{index}").open("w") as out, (folder / f"stderr-{index}").open("w") as err:
+                children.append(subprocess.Popen([*command, "--folder", name], stdout=out, stderr=err, env=environment))
+        for index, child in enumerate(children):
+            if child.wait():
+                progress = folder / str(index) / "progress"
+                case = progress.read_text() if progress.exists() else "before the first case"
+                error = (folder / f"stderr-{index}").read_text()[-3000:]
+                total["faults"].append(f"{case}: the process ended with {child.returncode}: {error}")
+                continue
+            part = json.loads((folder / f"stdout-{index}").read_text())
+            outcomes.update(part["outcomes"])
+            total["faults"] += part["faults"]
+            for key in ("slowest_s", "largest_mib"):
+                total[key] = max(total[key], tuple(part[key]))
+    return total | {"cases": outcomes.total(), "outcomes": dict(outcomes.most_common())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--thorough", type=int, default=7, help="files of which every field is damaged, 0 to 7")
+    parser.add_argument("--random", type=int, default=100_000, help="random cases after the thorough ones")
+    parser.add_argument("--seed", type=int, default=0, help="of the random cases")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case to run")
+    parser.add_argument("--cases", type=int, help="how many to run; all of them if absent")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    summary = campaign(*sys.argv[1:], processes=options.processes) if options.child is None else run_slice(options)
+    json.dump(summary, sys.stdout, indent=1, ensure_ascii=False)
 
 
 if __name__ == "__main__":

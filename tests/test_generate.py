@@ -204,7 +204,8 @@ def test_the_default_model_of_the_help_is_the_hubs():
 
 
 def test_help_is_quick_and_needs_no_jax():
-    code = "import sys; from orcd_jax.generate import main\ntry: main(['--help'])\nfinally: assert 'jax' not in sys.modules"
+    code = "import sys; from orcd_jax.generate import main\n"
+    code += "try: main(['--help'])\nfinally: assert 'jax' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--max-new-tokens" in done.stdout and not done.stderr
 
@@ -220,10 +221,14 @@ def test_interrupted_it_keeps_what_there_is_and_exits_130(tiny):
 
 
 def test_profile_and_xla_dump_write_their_files(model, tmp_path):
-    child = process("-m", model, "-p", "hello", "-n", 4, "--profile", tmp_path / "trace", "--xla-dump", tmp_path / "xla")
+    child = process(
+        "-m", model, "-p", "hello", "-n", 4, "--profile", tmp_path / "trace", "--xla-dump", tmp_path / "xla"
+    )
     _, err = child.communicate(timeout=120)
     assert child.returncode == 0, err
-    traces = list((tmp_path / "trace").rglob("*.xplane.pb")) + list((tmp_path / "trace").rglob("perfetto_trace.json.gz"))
+    traces = list((tmp_path / "trace").rglob("*.xplane.pb")) + list(
+        (tmp_path / "trace").rglob("perfetto_trace.json.gz")
+    )
     assert len(traces) == 2
     dumps = [path.name for path in (tmp_path / "xla").iterdir()]
     for program in ("prefill", "decode"):

@@ -3,6 +3,9 @@
 import gc
 import json
 import math
+import os
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -296,8 +299,52 @@ def test_what_cannot_fit_is_refused_before_it_is_tried(tiny, qwen, monkeypatch):
 def test_logits_that_are_not_finite_are_an_error_not_a_token(tiny):
     model = orcd_jax.load(tiny("llama"))
     model.params["norm"] = model.params["norm"] * np.float32(np.nan)
-    with pytest.raises(NonFiniteError, match="not finite after 2 tokens"):
+    with pytest.raises(NonFiniteError, match="not finite after 2 tokens, beginning in the final norm"):
         model.generate([[1, 2]], 4)
+    norm = model.params["layer_1"]["attention"]["norm"]
+    model.params["layer_1"]["attention"]["norm"] = norm.at[3].set(np.inf)
+    with pytest.raises(NonFiniteError, match="beginning in layer 1"):
+        model.score([[1, 2, 3]])
+    with pytest.raises(NonFiniteError, match="beginning in layer 1"):
+        list(model.stream([1, 2]))
+
+
+def test_running_out_of_memory_is_reported_and_survived(qwen, monkeypatch):
+    """The device's own error, as XLA raises it, in the middle of a request."""
+    expected = qwen.generate("the", 4)[0].token_ids
+
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(qwen, "_accept", fail)
+        with pytest.raises(CapacityError, match="ran out of memory"):
+            qwen.generate("the", 4)
+    assert qwen.generate("the", 4)[0].token_ids == expected
+
+
+def test_a_damaged_compilation_cache_is_no_matter(tiny, tmp_path):
+    """Every entry overwritten: programs are compiled again, with a warning."""
+    path = tiny("llama")
+    command = [sys.executable, "-m", "orcd_jax.generate", "-m", str(path), "-p", "the", "-n", "3", "--temperature", "0"]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def run():
+        return subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True, check=True)
+
+    expected = run().stdout
+    entries = [entry for entry in tmp_path.iterdir() if entry.name.endswith("-cache")]
+    assert len(entries) >= 3
+    for entry in entries:
+        entry.write_bytes(b"garbage")
+    again = run()
+    assert again.stdout == expected and "Traceback" not in again.stderr
+    assert "warning" in again.stderr.lower()
 
 
 def test_threads_may_share_a_model(qwen):
