@@ -361,7 +361,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             self.spend(len(value))
         elif isinstance(value, _CONTAINERS):
             self.spend(_ITEM_COST * len(value))
-            pass
+            self.check_expansion(value)
         return value
 
     def concat(self, pieces: Iterable[Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from orcd_jax.cache_policy import CachePolicy
 from orcd_jax.errors import GGUFError, RequestError
 from orcd_jax.gguf_reader import GGUFFile, brief
 from orcd_jax.quantize import BLOCK
@@ -53,6 +54,7 @@ class ModelConfig:
     known_tokens: int | None = None  # None: all V
     stop_ids: tuple[int, ...] = ()
     dtype: str = "float32"  # of activations and cache
+    cache: CachePolicy = CachePolicy()  # noqa: RUF009 (frozen)
 
     @property
     def activation_dtype(self) -> jnp.dtype:
@@ -110,9 +112,12 @@ class ModelConfig:
         return total
 
     def cache_bytes(self, batch: int, length: int) -> int:
-        """Bytes of a full cache: 2 L K H a token and row, of the activation dtype. Every layer has its own."""
-        per_token = 2 * self.n_layers * self.n_kv_heads * self.head_dim * self.activation_dtype.itemsize
-        return batch * length * per_token
+        """Bytes of a cache for `length` tokens a row by `cache`'s policy. Every layer has one of its own.
+
+        Of a full cache: 2 L K H a token and row, of the activation dtype.
+        """
+        row = self.cache.row_bytes(self.head_dim, self.activation_dtype.itemsize, self.sliding_window, length)
+        return batch * self.n_layers * self.n_kv_heads * row
 
     def workspace_bytes(self, batch: int, chunk: int, length: int) -> int:
         """Estimated bytes of temporaries when `chunk` tokens a row run against a cache of `length`.

@@ -14,6 +14,7 @@ import secrets
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from orcd_jax.errors import OrcdJaxError, RequestError
@@ -67,7 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("running")
     run.add_argument("--weights", choices=("auto", "int8", "bf16", "f32"), default="auto",
         help="format of the weights; auto: f32 on a CPU if it fits, else as the file is, 8 or 16 bits")  # fmt: skip
-    run.add_argument("--kv-cache", default="full", metavar="POLICY", help="cache policy: full (default)")
+    run.add_argument(
+        "--kv-cache",
+        default="full",
+        metavar="POLICY",
+        help="full (default), int8, sliding:W, sliding:W:SINKS, sliding:W+int8, or compress:W",
+    )
     run.add_argument(
         "-c", "--context", type=int, metavar="N", help="most tokens, prompt included; default: the model's"
     )
@@ -366,14 +372,14 @@ def _summarize(args: argparse.Namespace, model: LanguageModel, completions: list
 
 def _estimate(args: argparse.Namespace) -> int:
     """Print what the model would need, and whether it fits."""
+    from orcd_jax.cache_policy import CachePolicy
     from orcd_jax.device import available_bytes, human_bytes, select_device
-    from orcd_jax.language_model import check_kv_cache, choose_weights, configure, inspect, matrix_types
+    from orcd_jax.language_model import choose_weights, configure, inspect, matrix_types
 
-    check_kv_cache(args.kv_cache)
     device = select_device(args.device)
     file, config = inspect(args.model, args.context, progress=not args.quiet)
     weights = choose_weights(args.weights, matrix_types(file), config, device)
-    config = configure(config, weights, device)
+    config = replace(configure(config, weights, device), cache=CachePolicy.parse(args.kv_cache))
     context = args.context or config.context_length
     report = {
         "model": config.name,

@@ -20,6 +20,7 @@ import numpy as np
 
 from orcd_jax import decoding, hub
 from orcd_jax.cache import init_cache
+from orcd_jax.cache_policy import CachePolicy
 from orcd_jax.chat import ChatTemplate
 from orcd_jax.config import ModelConfig, WeightFormat
 from orcd_jax.device import available_bytes, check_fits, human_bytes, memory_errors, peak_bytes, select_device
@@ -427,7 +428,7 @@ class LanguageModel:
                     sampling=how,
                     seed=int(row_seed),
                     stop_ids=() if ignore_eos else self.tokenizer.stop_ids,
-                    decoder=StreamDecoder(self.tokenizer, stop=row_stop),
+                    decoder=StreamDecoder(self.tokenizer, row_stop, after=ids[-1]),
                 )
             )
         return rows
@@ -601,7 +602,7 @@ def load(
       model: a path, `hf://OWNER/REPO/FILE.gguf`, or a short name of `hub.MODELS`; fetched first if need be.
       weights: the format of matrices. auto: float32 on a CPU, where it is fastest, if it fits in half the memory;
         elsewhere int8, or bf16 for a file that holds nothing smaller than 16 bits.
-      kv_cache: the cache policy; "full" keeps every token.
+      kv_cache: the cache policy, "full" or another of `CachePolicy`.
       context: the most tokens of a row; None: the model's own.
       device: "cpu" or "gpu"; None: JAX's default.
       progress: show downloading and loading on stderr.
@@ -618,8 +619,7 @@ def load(
     target = select_device(device)
     file, config = inspect(model, context, progress)
     chosen = choose_weights(weights, matrix_types(file), config, target)
-    config = configure(config, chosen, target)
-    check_kv_cache(kv_cache)
+    config = replace(configure(config, chosen, target), cache=CachePolicy.parse(kv_cache))
     tokenizer = Tokenizer.from_gguf(file)
     if tokenizer.vocab_size > config.vocab_size:
         raise GGUFError(
@@ -666,12 +666,6 @@ def matrix_types(file: GGUFFile) -> set[str]:
 def configure(config: ModelConfig, weights: WeightFormat, device: jax.Device) -> ModelConfig:
     """The config with the activation dtype for a device: float32 on a CPU or with float32 weights, else bfloat16."""
     return replace(config, dtype="float32" if device.platform == "cpu" or weights == "f32" else "bfloat16")
-
-
-def check_kv_cache(policy: str) -> None:
-    """Refuse a cache policy that does not exist."""
-    if policy != "full":
-        raise RequestError(f"kv_cache is {policy!r}; only 'full' is there so far")
 
 
 def _enable_compilation_cache() -> None:

@@ -15,11 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from orcd_jax.cache import KVCache, LayerCache
+from orcd_jax.cache import KVCache, attend
 from orcd_jax.config import ModelConfig
 from orcd_jax.quantize import QuantizedArray, dequantize
-from pallas_kernels import flash_attention, flash_decode, qkv_rope, quant_matmul, rms_norm, swiglu
-from pallas_kernels.flash_decode import MAX_QUERIES
+from pallas_kernels import qkv_rope, quant_matmul, rms_norm, swiglu
 
 
 class _Module(nn.Module):
@@ -36,18 +35,15 @@ class Attention(_Module):
     def __call__(
         self, x: jax.Array, angles: tuple[jax.Array, jax.Array], cache: KVCache, layer: int,
         positions: jax.Array, valid: jax.Array,
-    ) -> tuple[jax.Array, LayerCache]:  # fmt: skip
+    ) -> tuple[jax.Array, Any]:  # fmt: skip
         """Map x [B, T, D] at `positions` [B, T] to the same shape, and give back the layer's cache."""
         config = self.config
         q, k, v = qkv_rope(
             x, self.weight("norm"), self.weight("qkv"), self.weight("qkv_bias"), *angles,
             n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, eps=config.rms_norm_eps,
         )  # fmt: skip
-        stored = cache.write(layer, k, v, positions, valid)
-        attend = flash_decode if x.shape[1] <= MAX_QUERIES else flash_attention
-        heads = attend(
-            q, stored.keys, stored.values, positions, cache.key_positions(), sliding_window=config.sliding_window
-        )
+        stored, segments = cache.update(layer, k, v, positions, valid)
+        heads = attend(q, positions, segments)
         return quant_matmul(heads.reshape(*x.shape[:2], -1), self.weight("out"), residual=x), stored
 
 
@@ -62,7 +58,7 @@ class DecoderBlock(_Module):
     """Attention, then SwiGLU."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, *context: Any) -> tuple[jax.Array, LayerCache]:
+    def __call__(self, x: jax.Array, *context: Any) -> tuple[jax.Array, Any]:
         with jax.named_scope("attention"):
             x, stored = Attention(self.config, name="attention")(x, *context)
         with jax.named_scope("swiglu"):
@@ -100,7 +96,7 @@ class Decoder(_Module):
             layers.append(stored)
         with jax.named_scope("norm"):
             hidden = rms_norm(x, self.weight("norm"), config.rms_norm_eps)
-        return hidden, KVCache(tuple(layers), cache.lengths + counts)
+        return hidden, cache.advance(layers, counts)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         table, dtype = self.weight("embedding"), self.config.activation_dtype

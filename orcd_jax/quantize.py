@@ -33,8 +33,9 @@ def quantize(x: np.ndarray) -> QuantizedArray:
     largest = np.abs(blocks).max(axis=-1)
     with np.errstate(over="ignore"):
         scales = (largest / np.float32(127)).astype(np.float16)
-    # Among the subnormal ones the nearest scale can be far too small, down to zero.
-    scales = np.where(scales.astype(np.float32) * 127.5 < largest, np.nextafter(scales, np.float16(np.inf)), scales)
+        # Among subnormal numbers the nearest scale can be far too small, down to zero: then the next above.
+        above = np.nextafter(scales, np.float16(np.inf))
+        scales = np.where(scales.astype(np.float32) * 127.5 < largest, above, scales)
     if not np.isfinite(scales).all():
         raise ValueError("a value is not finite or too large for int8 blocks with float16 scales")
     inverse = np.divide(np.float32(1), scales, out=np.zeros(scales.shape, np.float32), where=scales != 0)

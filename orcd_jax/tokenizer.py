@@ -98,6 +98,7 @@ class Tokenizer:
       bos_id, eos_id: the file's begin and end of text, or None.
       add_bos: whether a prompt is to begin with `bos_id`; `encode` does not add it.
       stop_ids: the ids that end a completion, `eos_id` first.
+      has_space_prefix: text is encoded with a space before it, at its beginning and after control tokens.
       control_texts: the texts of the control tokens, which only `parse_special` recognises.
     """
 
@@ -126,11 +127,11 @@ class Tokenizer:
                 warnings.warn("the file names no pre-tokeniser (tokenizer.ggml.pre); taking 'default'", stacklevel=3)
                 pre = "default"
             self._bpe, self._missing_bytes, self._characters = _byte_level_bpe(metadata, self._texts, kinds, pre)
-            self._space_prefix = False
+            self.has_space_prefix = False
             self.add_bos = _read_flag(metadata, "add_bos_token", pre in ("llama-bpe", "llama3", "llama-v3"))
         else:
             self._bpe, self._missing_bytes, self._characters = _sentencepiece_bpe(metadata, self._texts, kinds)
-            self._space_prefix = _read_flag(metadata, "add_space_prefix", True)
+            self.has_space_prefix = _read_flag(metadata, "add_space_prefix", True)
             self.add_bos = _read_flag(metadata, "add_bos_token", True)
             bos = controls.get("<s>") if bos is None else bos
             eos = controls.get("</s>") if eos is None else eos
@@ -193,7 +194,7 @@ class Tokenizer:
     def _encode_plain(self, text: str) -> list[int]:
         """Text between control tokens. A space prefix belongs at its start, not after user-defined tokens."""
         ids: list[int] = []
-        start, prefix = 0, " " if self._space_prefix else ""
+        start, prefix = 0, " " if self.has_space_prefix else ""
         for match in self._user_defined.finditer(text):
             ids += self._merge(prefix, text[start : match.start()])
             ids.append(self._special_ids[match[0]])
@@ -231,7 +232,7 @@ class Tokenizer:
         """
         ids = list(ids)
         data = b"".join(map(self.token_bytes, ids))
-        if self._space_prefix and data.startswith(b" ") and self._kinds[ids[0]] in (_NORMAL, _BYTE):
+        if self.has_space_prefix and data.startswith(b" ") and self._kinds[ids[0]] in (_NORMAL, _BYTE):
             data = data[1:]
         return data.decode("utf-8", "replace")
 
@@ -268,18 +269,20 @@ class StreamDecoder:
     """Turns generated ids into text piece by piece.
 
     The pieces together equal the whole: a character whose bytes are spread over tokens is held back until it is
-    complete, and so is text that may yet become a stop text. The ids continue a text, so a leading space stays; control
-    tokens yield nothing; bytes that are not valid UTF-8 become U+FFFD.
+    complete, and so is text that may yet become a stop text. The ids continue a text, so a leading space stays (but see
+    `after`); control tokens yield nothing; bytes that are not valid UTF-8 become U+FFFD.
 
     Attributes:
       stopped: a stop text has appeared. The output ended before it; further ids are ignored.
       consumed: how many ids have been taken in, the one that completed the stop text included.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = (), after: int | None = None):
         """
         Args:
           tokenizer: whose ids will be pushed.
+          after: the id that comes before them, if there is one. After a control token text begins anew: there `encode`
+            puts SentencePiece's space prefix, and here it is dropped.
           stop: texts that end the output. Of several that appear, the one that is complete first counts.
 
         Raises:
@@ -292,6 +295,7 @@ class StreamDecoder:
                 raise RequestError(f"a stop text is {text!r:.80}; expected a text of at least one character")
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
+        self._drop_space = tokenizer.has_space_prefix and after is not None and not tokenizer.is_text(after)
         self.stopped = False
         self.consumed = 0
 
@@ -303,7 +307,9 @@ class StreamDecoder:
                 break
             self.consumed += 1
             if self._tokenizer.is_text(id):
-                pieces.append(self._release(self._utf8.decode(self._tokenizer.token_bytes(id))))
+                data = self._tokenizer.token_bytes(id)
+                pieces.append(self._release(self._utf8.decode(data.removeprefix(b" ") if self._drop_space else data)))
+                self._drop_space = False
         return "".join(pieces)
 
     def flush(self) -> str:
@@ -399,7 +405,7 @@ def _sentencepiece_bpe(
     for text, i in byte_tokens.items():
         if not _BYTE_TOKEN.fullmatch(text):
             raise GGUFError(
-                f"tokenizer.ggml.tokens item {i} is {text!r:.80}, a byte by its type; expected <0x00> … <0xFF>"
+                f"tokenizer.ggml.tokens item {i} is {_shown(text)}, a byte by its type; expected <0x00> … <0xFF>"
             )
         pieces.pop(text, None)
     pairs = [
@@ -413,10 +419,17 @@ def _sentencepiece_bpe(
     return bpe, missing, frozenset(piece for piece in pieces if len(piece) == 1)
 
 
+def _shown(value: Any) -> str:
+    """A value of the file for an error message: short, and on one line."""
+    if isinstance(value, (list, np.ndarray)):
+        return f"an array of {len(value)} items"
+    return repr(value[:80] if isinstance(value, str) else value)
+
+
 def _read_name(metadata: Mapping[str, Any], key: str, supported: Iterable[str]) -> str:
     value = metadata.get(key)
     if not isinstance(value, str) or value not in supported:
-        raise GGUFError(f"{key} is {value!r:.80}; supported are {', '.join(map(repr, supported))}")
+        raise GGUFError(f"{key} is {_shown(value)}; supported are {', '.join(map(repr, supported))}")
     return value
 
 
@@ -471,7 +484,7 @@ def _read_merges(
             yield left, right
         elif not {left, right, left + right} <= known:
             raise GGUFError(
-                f"tokenizer.ggml.merges item {number} is {merge!r:.80}; expected two tokens of tokenizer.ggml.tokens, "
+                f"tokenizer.ggml.merges item {number} is {_shown(merge)}; expected two of tokenizer.ggml.tokens, "
                 "with one space between them, that form a third"
             )
 
@@ -480,12 +493,12 @@ def _read_id(metadata: Mapping[str, Any], name: str, size: int) -> int | None:
     key = f"tokenizer.ggml.{name}_token_id"
     value = metadata.get(key)
     if value is not None and (type(value) is not int or not 0 <= value < size):
-        raise GGUFError(f"{key} is {value!r:.80}; expected an id of 0 to {size - 1}")
+        raise GGUFError(f"{key} is {_shown(value)}; expected an id of 0 to {size - 1}")
     return value
 
 
 def _read_flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
     value = metadata.get(f"tokenizer.ggml.{name}", default)
     if not isinstance(value, bool):
-        raise GGUFError(f"tokenizer.ggml.{name} is {value!r:.80}; expected true or false")
+        raise GGUFError(f"tokenizer.ggml.{name} is {_shown(value)}; expected true or false")
     return value

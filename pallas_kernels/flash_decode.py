@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.flash_attention import reference
+from pallas_kernels.flash_attention import Rows, Visibility, reference
 from pallas_kernels.implementation import dispatch
 
 MAX_QUERIES = 8
@@ -18,14 +18,15 @@ IMPLEMENTATIONS = {"xla": reference}
 
 def flash_decode(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Rows,
+    v: Rows,
     positions: jax.Array,
     key_positions: jax.Array,
     *,
-    sliding_window: int | None = None,
+    visibility: Visibility = Visibility(),  # noqa: B008 (immutable)
+    lse: bool = False,
     implementation: str | None = None,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attend from T <= 8 queries a row to a cache; arguments and result as in `flash_attention`.
 
     Raises:
@@ -33,4 +34,4 @@ def flash_decode(
     """
     if q.shape[1] > MAX_QUERIES:
         raise NotImplementedError(f"flash_decode takes at most {MAX_QUERIES} queries a row, got {q.shape[1]}")
-    return dispatch("flash_decode", IMPLEMENTATIONS, implementation, q, k, v, positions, key_positions, sliding_window)
+    return dispatch("flash_decode", IMPLEMENTATIONS, implementation, q, k, v, positions, key_positions, visibility, lse)

@@ -11,6 +11,7 @@ import argparse
 import collections
 import dataclasses
 import faulthandler
+import functools
 import itertools
 import json
 import math
@@ -280,7 +281,8 @@ def base_files(folder: Path) -> list[tuple[str, bytes]]:
         ("qwen2", "int8", mixed), ("phi3", "f32", None), ("llama-wide", "int8", k_quants), ("qwen2", "f32", None),
         ("phi3", "int8", mixed), ("llama", "f32", None), ("phi3-longrope", "bf16", None),
     ):  # fmt: skip
-        spec = dataclasses.replace(SPECS[name], n_layers=1)
+        shapes = {} if name == "llama-wide" else {"d_model": 64, "n_kv_heads": 2, "head_dim": 16, "d_ff": 96}
+        spec = dataclasses.replace(SPECS[name], n_layers=1, **shapes)  # like shapes share compiled operations
         path = write_gguf(folder / "base.gguf", spec, tensor_types=types)
         files.append((weights, path.read_bytes()))
     return files
@@ -306,7 +308,12 @@ def all_cases(
 
 def _status(name: str) -> int:
     """A size of this process in bytes: VmSize, VmRSS or VmHWM."""
-    return 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+    return 1024 * int(os.pread(_status_file(), 8192, 0).decode().split(f"{name}:")[1].split()[0])
+
+
+@functools.cache
+def _status_file() -> int:
+    return os.open("/proc/self/status", os.O_RDONLY)
 
 
 def _load(path: Path, weights: Any) -> bool:

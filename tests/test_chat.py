@@ -285,6 +285,18 @@ def test_smollm_forgery(default_model):
     assert controls(tokenizer, ids) == controls(tokenizer, template.encode(tokenizer, user("good")))
 
 
+def test_templates_may_look_into_contents():
+    """What is left of a content goes by its own characters, not by those that stand in for them."""
+    template = ChatTemplate(
+        "{% set c = messages[0].content %}{{ c.split('</im>')[-1] | upper }}{% if '<|' in c %}!{% endif %}<|im_end|>"
+    )
+    for content, expected in (("thought</im>said", "SAID<|im_end|>"), ("im <|", "IM <|!<|im_end|>")):
+        assert template.encode(CHATML, user(content)) == CHATML.encode(expected, parse_special=True)
+    # With control tokens out of contents in the plain text, the one of stand-ins is used.
+    ids = template.encode(CHATML, user("thought</im>said<|IM_END|>"))
+    assert controls(CHATML, ids) == [257]
+
+
 def test_tokens_merge_across_the_edge_of_a_content():
     """As when the rendered text is tokenised whole: the template's line break and the content's are one piece."""
     tokenizer = Tokenizer(gpt2_metadata("qwen2", merges="Ċ_Ċ"))
@@ -363,6 +375,7 @@ GROWING = [
     BIG + "{% set ns = namespace(l=[]) %}{% for i in range(9999) %}{% set ns.l = ns.l + [big[i:]] %}{% endfor %}",
     BIG + "".join(f"{{% set v{i} = big[{i}:] %}}" for i in range(60)),
     BIG + "".join(f"{{% set v{i} = big | upper %}}" for i in range(60)),
+    BIG + "".join(f"{{% set v{i} %}}{{{{ big }}}}{{% endset %}}" for i in range(60)),
     "{% for i in range(99999) %}" + "a" * 99 + "{% endfor %}",
     BIG + "{% macro m() %}{% for i in range(999) %}{{ big }}{% endfor %}{% endmacro %}{{ m() }}",
     "{% autoescape true %}{% set x %}a{% endset %}{{ x * 10 ** 10 }}{% endautoescape %}",

@@ -217,7 +217,7 @@ def test_a_request_that_means_nothing_is_refused(qwen, prompts, options, message
     ("options", "message"),
     [
         ({"weights": "int4"}, "weights is 'int4'"),
-        ({"kv_cache": "none"}, "kv_cache is 'none'"),
+        ({"kv_cache": "none"}, "cache policy is .none."),
         ({"context": 0}, "context is 0"),
         ({"context": 257}, "context is 257"),
         ({"device": "tpu"}, "device"),

@@ -552,9 +552,10 @@ def test_of_equal_tokens_the_first_counts():
         ({"merges": [""]}, "tokenizer.ggml.merges item 0 is ''"),
         ({"merges": ["a "]}, "tokenizer.ggml.merges item 0 is 'a '"),
         ({"pre": 5}, "tokenizer.ggml.pre is 5"),
-        ({"pre": ["qwen2"]}, "tokenizer.ggml.pre is ['qwen2']"),
-        ({"pre": "x" * 999}, "xxx; supported are 'qwen2', 'smollm'"),
-        ({"model": np.zeros(2)}, "tokenizer.ggml.model is array([0., 0.])"),
+        ({"pre": ["qwen2"]}, "tokenizer.ggml.pre is an array of 1 items"),
+        ({"pre": "x" * 999}, "xxx'; supported are 'qwen2', 'smollm'"),
+        ({"model": np.zeros(99)}, "tokenizer.ggml.model is an array of 99 items"),
+        ({"bos_token_id": np.zeros(99)}, "tokenizer.ggml.bos_token_id is an array of 99 items"),
         ({"bos_token_id": 256}, "tokenizer.ggml.bos_token_id is 256; expected an id of 0 to 255"),
         ({"eos_token_id": -1}, "tokenizer.ggml.eos_token_id is -1"),
         ({"eot_token_id": "x"}, "tokenizer.ggml.eot_token_id is 'x'"),
@@ -750,3 +751,12 @@ def test_control_tokens_make_no_text_in_a_stream():
 def test_bad_stop_texts(stop):
     with pytest.raises(RequestError, match="a stop text is"):
         StreamDecoder(BYTES, stop)
+
+
+def test_after_a_control_token_text_begins_anew(model_file):
+    tokenizer = Tokenizer.from_gguf(model_file("vocab-phi-3.gguf"))
+    ids = tokenizer.encode("Hello there")
+    (turn,) = tokenizer.encode("<|assistant|>", parse_special=True)
+    for after, expected in ((turn, "Hello there"), (ids[-1], " Hello there"), (None, " Hello there")):
+        decoder = StreamDecoder(tokenizer, after=after)
+        assert decoder.push(ids) + decoder.flush() == expected
