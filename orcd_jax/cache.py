@@ -9,11 +9,14 @@ Dimensions: B batch, T tokens of a chunk, S slots, N query heads, K key/value he
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from orcd_jax.config import ModelConfig
 from pallas_kernels import flash_attention, flash_decode
@@ -202,11 +205,14 @@ def init_cache(config: ModelConfig, batch: int, length: int) -> KVCache:
 def attend(q: jax.Array, positions: jax.Array, segments: list[Segment]) -> jax.Array:
     """Attention of queries [B, T, N, H] at `positions` [B, T] over all segments together, in q's dtype."""
     op: Any = flash_decode if q.shape[1] <= MAX_QUERIES else flash_attention
+
+    def part(segment: Segment, lse: bool) -> Any:
+        turned = _spread(q) if isinstance(segment.layer.keys, Int8Rows) else q
+        return op(turned, *segment.layer, positions, segment.positions, visibility=segment.visibility, lse=lse)
+
     if len(segments) == 1:
-        (layer, key_positions, visibility) = segments[0]
-        return op(q, *layer, positions, key_positions, visibility=visibility)
-    parts = [op(q, *s.layer, positions, s.positions, visibility=s.visibility, lse=True) for s in segments]
-    outs, sums = zip(*parts, strict=True)
+        return part(segments[0], lse=False)
+    outs, sums = zip(*(part(segment, lse=True) for segment in segments), strict=True)
     # Each part is normalised over its own keys: weigh it by its share of all.
     total = jnp.max(jnp.stack(sums), axis=0)
     weights = [jnp.exp(part - jnp.where(jnp.isneginf(total), 0.0, total)) for part in sums]
@@ -235,17 +241,40 @@ def _ring_positions(lengths: jax.Array, sinks: int, window: int) -> jax.Array:
 def _encode(like: LayerCache, k: jax.Array, v: jax.Array) -> LayerCache:
     """k and v [B, T, K, H] in the format and layout of a layer's arrays, T in place of S."""
 
-    def encode(old: Stored, new: jax.Array) -> Stored:
+    def encode(old: Stored, new: jax.Array, spread: bool) -> Stored:
         new = new.swapaxes(1, 2)
         if not isinstance(old, Int8Rows):
             return new.astype(old.dtype)
-        wide = new.astype(jnp.float32)
+        wide = (_spread(new) if spread else new).astype(jnp.float32)
         scales = (jnp.max(jnp.abs(wide), axis=-1) / 127.0).astype(jnp.float16)
         inverse = jnp.where(scales == 0, 0.0, 1.0 / scales.astype(jnp.float32))
         values = jnp.clip(jnp.round(wide * inverse[..., None]), -127, 127).astype(jnp.int8)
         return Int8Rows(values, scales)
 
-    return LayerCache(encode(like.keys, k), encode(like.values, v))
+    return LayerCache(encode(like.keys, k, spread=True), encode(like.values, v, spread=False))
+
+
+def _spread(rows: jax.Array) -> jax.Array:
+    """Turn rows [..., H] by a fixed orthogonal matrix that spreads a large dimension over all.
+
+    Products of turned queries and keys are those of the original ones. Keys of Qwen2 have a few dimensions far larger
+    than the rest, which would take all of an int8 scale (Ashkboos et al. 2024, https://arxiv.org/abs/2404.00456).
+    """
+    matrix = jnp.asarray(_spreading_matrix(rows.shape[-1]))
+    turned = jnp.einsum("...i,ij->...j", rows.astype(jnp.float32), matrix, precision=lax.Precision.HIGHEST)
+    return turned.astype(rows.dtype)
+
+
+@functools.cache
+def _spreading_matrix(width: int) -> np.ndarray:
+    """Hadamard's matrix by Sylvester's construction; over an odd factor of `width` the cosine transform."""
+    rest = width
+    matrix = np.ones((1, 1))
+    while rest % 2 == 0:
+        matrix, rest = np.kron(matrix, [[1, 1], [1, -1]]) / np.sqrt(2), rest // 2
+    i = np.arange(rest)
+    cosine = np.cos(np.pi * (2 * i[:, None] + 1) * i / (2 * rest)) * np.sqrt(np.where(i == 0, 1, 2) / rest)
+    return np.kron(matrix, cosine).astype(np.float32)
 
 
 def _store(old: LayerCache, new: LayerCache, slots: jax.Array, kept: jax.Array) -> LayerCache:

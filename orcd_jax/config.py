@@ -24,6 +24,13 @@ ARCHITECTURES = ("llama", "phi3", "qwen2")
 
 WeightFormat = Literal["int8", "bf16", "f32"]
 
+# Above any model of these families. They bound what a small file can make the loader and the compiler do: a thread's
+# chunk of a tensor is at least one row, and every layer is compiled on its own.
+_MAX_WIDTH = 1 << 18
+_MAX_HEADS = _MAX_HEAD_DIM = 1 << 10
+_MAX_LAYERS = 1 << 8
+_MAX_CONTEXT = 1 << 24
+
 # Microsoft's own Phi-3-mini-4k GGUF lacks the key; the model was trained with this window
 # (huggingface.co/microsoft/Phi-3-mini-4k-instruct, config.json).
 _PHI3_4K_WINDOW = 2047
@@ -195,7 +202,7 @@ class _Metadata:
             raise GGUFError(f"{self.file.path}: the key {self.prefix}.{key} is missing")
         return value
 
-    def integer(self, key: str, default: int | None = None, low: int = 1, high: int = 1 << 24) -> int:
+    def integer(self, key: str, default: int | None = None, low: int = 1, high: int = _MAX_WIDTH) -> int:
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise self.fail(key, value, f"an integer from {low} to {high}")
@@ -230,11 +237,11 @@ def _from_gguf(file: GGUFFile, context: int | None) -> ModelConfig:
     if meta.integer("expert_count", default=0, low=0):
         raise GGUFError(f"{file.path}: is a mixture of experts, which is not supported")
     d_model = meta.integer("embedding_length")
-    n_heads = meta.integer("attention.head_count", high=1 << 12)
-    n_kv_heads = meta.integer("attention.head_count_kv", default=n_heads, high=1 << 12)
+    n_heads = meta.integer("attention.head_count", high=_MAX_HEADS)
+    n_kv_heads = meta.integer("attention.head_count_kv", default=n_heads, high=_MAX_HEADS)
     if n_heads % n_kv_heads:
         raise meta.fail("attention.head_count_kv", n_kv_heads, f"a divisor of the {n_heads} heads")
-    head_dim = meta.integer("attention.key_length", default=max(d_model // n_heads, 1), high=1 << 12)
+    head_dim = meta.integer("attention.key_length", default=max(d_model // n_heads, 1), high=_MAX_HEAD_DIM)
     value_dim = meta.integer("attention.value_length", default=head_dim)
     if value_dim != head_dim:
         raise meta.fail("attention.value_length", value_dim, f"the key length {head_dim}")
@@ -253,7 +260,7 @@ def _from_gguf(file: GGUFFile, context: int | None) -> ModelConfig:
             f"{file.path}: tokenizer.ggml.tokens has {len(tokens)} entries; expected at most the {vocab_size} rows of "
             "'token_embd.weight'"
         )
-    context_length = meta.integer("context_length")
+    context_length = meta.integer("context_length", high=_MAX_CONTEXT)
     divisors, magnitude = _rope_scaling(file, meta, rotary_dim, context or context_length)
     name = file.metadata.get("general.name")
     return ModelConfig(
@@ -261,7 +268,7 @@ def _from_gguf(file: GGUFFile, context: int | None) -> ModelConfig:
         architecture=architecture,
         vocab_size=vocab_size,
         d_model=d_model,
-        n_layers=meta.integer("block_count", high=1 << 8),  # every layer is compiled on its own
+        n_layers=meta.integer("block_count", high=_MAX_LAYERS),
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
@@ -279,11 +286,13 @@ def _from_gguf(file: GGUFFile, context: int | None) -> ModelConfig:
 
 
 def _sliding_window(meta: _Metadata, architecture: str, context_length: int) -> int | None:
-    if architecture != "phi3":
-        return meta.integer("attention.sliding_window") if "attention.sliding_window" in meta else None
-    silent = _PHI3_4K_WINDOW if context_length == 4096 else 0
-    window = meta.integer("attention.sliding_window", default=silent, low=0)
-    return window or None  # Phi-4's converter writes 0 for none
+    if architecture == "phi3":
+        silent = _PHI3_4K_WINDOW if context_length == 4096 else 0
+        window = meta.integer("attention.sliding_window", default=silent, low=0, high=_MAX_CONTEXT)
+        return window or None  # Phi-4's converter writes 0 for none
+    if "attention.sliding_window" not in meta:
+        return None
+    return meta.integer("attention.sliding_window", high=_MAX_CONTEXT)
 
 
 def _rope_scaling(
@@ -306,8 +315,8 @@ def _rope_scaling(
     if longrope + llama3 + linear > 1:
         raise GGUFError(f"{file.path}: has more than one kind of RoPE scaling, which is not supported")
     if longrope or kind == "longrope":
-        trained = meta.integer("context_length")
-        original = meta.integer("rope.scaling.original_context_length")
+        trained = meta.integer("context_length", high=_MAX_CONTEXT)
+        original = meta.integer("rope.scaling.original_context_length", high=_MAX_CONTEXT)
         which = "long" if context > original else "short"
         divisors = _divisors(file, f"rope_factors_{which}.weight", rotary_dim)
         ratio = trained / original

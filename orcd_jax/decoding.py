@@ -138,6 +138,27 @@ def init_state(
     )
 
 
+def adopt(config: ModelConfig, state: DecodeState, cache: KVCache, ids: jax.Array) -> DecodeState:
+    """Begin every row of an empty state with the tokens that a cache of one row holds.
+
+    Args:
+      config: the model.
+      state: with an empty cache of the same policy, at least as long.
+      cache: of one row. While it has not wrapped, each of its slots means the same in a longer cache.
+      ids: int32 [P], its tokens, padded with V.
+    """
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        if old.ndim == 1:
+            return jnp.broadcast_to(new, old.shape)  # the lengths
+        rows = jnp.broadcast_to(new, (old.shape[0], *new.shape[1:]))
+        return lax.dynamic_update_slice(old, rows, (0,) * old.ndim)
+
+    leaves = [put(old, new) for old, new in zip(jax.tree.leaves(state.cache), jax.tree.leaves(cache), strict=True)]
+    held: KVCache = jax.tree.unflatten(jax.tree.structure(state.cache), leaves)
+    return replace(state, cache=held, seen=state.seen.at[:, ids].set(True, mode="drop"))
+
+
 def prefill(
     params: Params, config: ModelConfig, state: DecodeState, hidden: jax.Array, tokens: jax.Array, counts: jax.Array
 ) -> tuple[DecodeState, jax.Array]:

@@ -2,7 +2,8 @@
 
 Every count, length and offset is checked with Python integers against the real size of the file before it is used,
 so that a malformed file ends in a `GGUFError` quickly and in little memory. Nothing is copied: numeric arrays and
-tensor data are views into a read-only memory map.
+tensor data are views into a read-only memory map. What a memory map cannot survive is that another process makes the
+file shorter meanwhile.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """

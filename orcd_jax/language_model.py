@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from os import PathLike
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from orcd_jax import decoding, hub
-from orcd_jax.cache import init_cache
+from orcd_jax.cache import KVCache, init_cache
 from orcd_jax.cache_policy import CachePolicy
 from orcd_jax.chat import ChatTemplate
 from orcd_jax.config import ModelConfig, WeightFormat
@@ -27,6 +28,7 @@ from orcd_jax.device import available_bytes, check_fits, human_bytes, memory_err
 from orcd_jax.errors import GGUFError, NonFiniteError, RequestError, TemplateError
 from orcd_jax.gguf_reader import GGUFFile
 from orcd_jax.loader import Params, load_params
+from orcd_jax.prefix import Prefix, digest, load_prefix
 from orcd_jax.sampling import Sampling, row_keys
 from orcd_jax.tokenizer import StreamDecoder, Tokenizer
 
@@ -96,6 +98,7 @@ class Score:
 class _Row:
     """One prompt on its way through a batch."""
 
+    before: list[int]  # of a prefix
     ids: list[int]
     budget: int
     limit: FinishReason  # what it means to use the budget up
@@ -139,7 +142,7 @@ class _Row:
             token_ids=self.token_ids,
             logprobs=self.logprobs if with_logprobs else None,
             finish_reason=self.finish_reason or "length",
-            prompt_tokens=len(self.ids),
+            prompt_tokens=len(self.before) + len(self.ids),
             seed=self.seed,
             timings=timings,
         )
@@ -225,6 +228,7 @@ class LanguageModel:
         stop: Sequence[str] | Sequence[Sequence[str]] = (),
         ignore_eos: bool = False,
         logprobs: int | None = None,
+        prefix: Prefix | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Completion]:
         """Complete prompts as they are, without a chat template.
@@ -237,6 +241,7 @@ class LanguageModel:
           stop: texts that end a completion and are not part of it; or such a list for each row.
           ignore_eos: do not end at the model's stop ids.
           logprobs: K from 0 to 20: report each token's log-probability and those of the K likeliest.
+          prefix: what every prompt continues, from `prefill`; the prompts then get no BOS token.
           progress: called with the number of rows that have ended since the last call.
 
         Returns:
@@ -248,7 +253,7 @@ class LanguageModel:
           NonFiniteError: if the model's logits are not finite.
         """
         texts: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-        rows = self._rows(texts, max_new_tokens, sampling, seed, stop, ignore_eos)
+        rows = self._rows(texts, max_new_tokens, sampling, seed, stop, ignore_eos, prefix)
         self._check_logprobs(logprobs)
         completions: dict[int, Completion] = {}
         # Longest together, so that short rows do not wait in long batches.
@@ -257,7 +262,7 @@ class LanguageModel:
             group = order[first : first + self._buckets.batch]
             clock = _Clock(self.load_s)
             ended = 0
-            for _ in self._run([rows[i] for i in group], logprobs, clock):
+            for _ in self._run([rows[i] for i in group], logprobs, clock, prefix):
                 now = sum(rows[i].finish_reason is not None for i in group)
                 if progress is not None and now > ended:
                     progress(now - ended)
@@ -275,16 +280,17 @@ class LanguageModel:
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
         logprobs: int | None = None,
+        prefix: Prefix | None = None,
     ) -> Stream:
         """Complete one prompt and yield its text piece by piece; arguments as in `generate`.
 
         The pieces joined are the completion's text. No piece ends inside a character, and what may yet become a stop
         text is held back.
         """
-        (row,) = self._rows([prompt], max_new_tokens, sampling, seed, stop, ignore_eos)
+        (row,) = self._rows([prompt], max_new_tokens, sampling, seed, stop, ignore_eos, prefix)
         self._check_logprobs(logprobs)
         clock = _Clock(self.load_s)
-        pieces = (piece for (piece,) in self._run([row], logprobs, clock) if piece)
+        pieces = (piece for (piece,) in self._run([row], logprobs, clock, prefix) if piece)
         return Stream(pieces, lambda: row.completion(clock.timings(), logprobs is not None))
 
     def chat(self, messages: Sequence[dict[str, str]], **options: Any) -> Completion:
@@ -310,12 +316,39 @@ class LanguageModel:
         prefix = [bos] if self.tokenizer.add_bos and bos is not None else []
         return prefix + self.tokenizer.encode(text)
 
+    # Prefixes
+
+    def prefill(self, prompt: str | Sequence[int]) -> Prefix:
+        """Run the beginning that several prompts share, once: `generate(..., prefix=...)` continues from it.
+
+        Args:
+          prompt: a text, with a BOS token if the file asks for one, or token ids.
+        """
+        ids = self._check_ids(self.encode_prompt(prompt) if isinstance(prompt, str) else prompt, "the prefix")
+        length = self._cache_bucket(len(ids))
+        for _, cache in self._teacher_forced(ids, decoding.hidden_states):
+            last = cache
+        return Prefix(ids, last, length, self._digest)
+
+    def load_prefix(self, path: str | PathLike[str]) -> Prefix:
+        """Read a prefix that `Prefix.save` wrote; errors as in `prefix.load_prefix`."""
+        return load_prefix(path, self.config, self._digest, self.device)
+
+    @cached_property
+    def _digest(self) -> str:
+        return digest(self.config, self.params, self.weights)
+
     # Numbers
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits after every token of a sequence, teacher-forced: float32 [T, V]."""
         ids = self._check_ids(list(token_ids), "the sequence")
-        return np.concatenate(list(self._teacher_forced(ids, decoding.forward)))
+        return np.concatenate([values for values, _ in self._teacher_forced(ids, decoding.forward)])
+
+    def token_logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Natural log-probability of every token but the first, given those before it: float32 [T - 1]."""
+        ids = self._check_ids(list(token_ids), "the sequence")
+        return np.concatenate([values for values, _ in self._teacher_forced(ids, decoding.next_logprobs)])[:-1]
 
     def score(self, texts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
         """Log-likelihood and perplexity of texts (a BOS token first if the file asks for one) or lists of ids."""
@@ -325,14 +358,16 @@ class LanguageModel:
         ids = self._check_ids(self.encode_prompt(text) if isinstance(text, str) else list(text), "the text")
         if len(ids) < 2:
             raise RequestError("a text of one token has nothing to score; give at least two tokens")
-        logprobs = np.concatenate(list(self._teacher_forced(ids, decoding.next_logprobs)))
-        total = float(logprobs[:-1].sum(dtype=np.float64))  # the last has no next token
+        total = float(self.token_logprobs(ids).sum(dtype=np.float64))
         if not math.isfinite(total):
             raise self._not_finite(ids)
         return Score(total, len(ids) - 1, float(np.exp(-total / (len(ids) - 1))))
 
-    def _teacher_forced(self, ids: list[int], program: Callable[..., Any]) -> Iterator[np.ndarray]:
-        """Run a sequence in chunks; yield each chunk's result for its positions."""
+    def _teacher_forced(self, ids: list[int], program: Callable[..., Any]) -> Iterator[tuple[np.ndarray, KVCache]]:
+        """Run a sequence in chunks; yield each chunk's result for its positions, and the cache so far.
+
+        The cache is given away to the next chunk: only the last one stays.
+        """
         clock = _Clock(self.load_s)
         length = self._cache_bucket(len(ids))
         self._check_capacity(1, length, _SCORE_CHUNK, 2 * 4 * _SCORE_CHUNK * self.config.vocab_size)
@@ -345,7 +380,7 @@ class LanguageModel:
             with memory_errors(self.device):
                 result, cache = self._call(clock, program, (tokens, cache, np.full(1, count, np.int32)), donate=1)
                 values = np.asarray(result)[0, :count]
-            yield values
+            yield values, cache
 
     def memory(self) -> dict[str, int]:
         """Bytes by formula and as they are.
@@ -386,8 +421,12 @@ class LanguageModel:
         seed: int | Sequence[int],
         stop: Sequence[str] | Sequence[Sequence[str]],
         ignore_eos: bool,
+        prefix: Prefix | None,
     ) -> list[_Row]:
         count = len(prompts)
+        before = [] if prefix is None else prefix.ids
+        if prefix is not None and prefix.model != self._digest:
+            raise RequestError("the prefix was made by another model, weight format or cache policy; prefill again")
 
         def per_row(value: Any, name: str) -> list[Any]:
             values = list(value) if isinstance(value, list | tuple | np.ndarray) else [value] * count
@@ -413,15 +452,18 @@ class LanguageModel:
             if isinstance(row_seed, bool) or not isinstance(row_seed, integer) or not 0 <= row_seed < 1 << 32:
                 raise RequestError(f"seed is {row_seed}; expected a whole number from 0 to {(1 << 32) - 1}")
             how.check()
-            ids = self._check_ids(self.encode_prompt(prompt) if isinstance(prompt, str) else prompt, what)
-            room = self.context - len(ids)
+            encode = self.encode_prompt if prefix is None else self.tokenizer.encode
+            ids = self._check_ids(encode(prompt) if isinstance(prompt, str) else prompt, what)
+            room = self.context - len(before) - len(ids)
             if room < 1:
+                more = "" if self.context == self.config.context_length else " or ask for more context"
                 raise RequestError(
-                    f"{what} has {len(ids)} tokens, and a context of {self.context} leaves no room for an answer; "
-                    f"shorten it{'' if self.context == self.config.context_length else ' or ask for more context'}"
+                    f"{what} has {len(before) + len(ids)} tokens, and a context of {self.context} leaves no room for "
+                    f"an answer; shorten it{more}"
                 )
             rows.append(
                 _Row(
+                    before=before,
                     ids=ids,
                     budget=min(int(budget), room),
                     limit="length" if budget <= room else "context",
@@ -463,19 +505,25 @@ class LanguageModel:
 
     # Programs
 
-    def _run(self, rows: list[_Row], logprobs: int | None, clock: _Clock) -> Iterator[list[str]]:
+    def _run(self, rows: list[_Row], logprobs: int | None, clock: _Clock, prefix: Prefix | None) -> Iterator[list[str]]:
         """Prefill and decode rows as one batch; yield each row's new text, chunk by chunk."""
         with memory_errors(self.device):
-            yield from self._run_batch(rows, logprobs, clock)
+            yield from self._run_batch(rows, logprobs, clock, prefix)
 
-    def _run_batch(self, rows: list[_Row], logprobs: int | None, clock: _Clock) -> Iterator[list[str]]:
+    def _run_batch(
+        self, rows: list[_Row], logprobs: int | None, clock: _Clock, prefix: Prefix | None
+    ) -> Iterator[list[str]]:
         batch = 1 << (len(rows) - 1).bit_length()
-        length = self._cache_bucket(max(len(row.ids) + row.budget for row in rows))
+        length = self._cache_bucket(max(len(row.before) + len(row.ids) + row.budget for row in rows))
         longest = max(len(row.ids) for row in rows)
         steps, most = self._buckets.steps, max(row.budget for row in rows)
         self._check_capacity(batch, length, min(longest, self._buckets.prefill[-1]))
 
         state = self._init_state(clock, rows, batch, length)
+        if prefix is not None:
+            ids = np.full(prefix.length, self.config.vocab_size, np.int32)
+            ids[: len(prefix.ids)] = prefix.ids
+            state = self._call(clock, decoding.adopt, (state, prefix.cache, ids), params=False, donate=0)
         hidden = jnp.zeros((batch, self.config.d_model), self.config.activation_dtype, device=self.device)
         for tokens, counts in self._prompt_chunks(rows, batch, longest):
             state, hidden = self._call(clock, decoding.prefill, (state, hidden, tokens, counts), donate=(0, 1))
@@ -504,7 +552,7 @@ class LanguageModel:
         tokens = np.asarray(chunk.tokens)
         for step, i in np.argwhere(tokens == decoding.NOT_FINITE).tolist():
             if i < len(rows) and rows[i].finish_reason is None:
-                raise self._not_finite(rows[i].ids + rows[i].token_ids + tokens[:step, i].tolist())
+                raise self._not_finite(rows[i].before + rows[i].ids + rows[i].token_ids + tokens[:step, i].tolist())
         pieces = [""] * len(rows)
         reports = None if logprobs is None else [np.asarray(x) for x in chunk[1:]]
         for step in range(tokens.shape[0]):

@@ -178,12 +178,18 @@ def _interesting(field: Field, old: bytes, offsets: list[bytes]) -> set[bytes]:
     return values
 
 
-def random_damage(data: bytes, header: int, rng: np.random.Generator) -> tuple[str, bytes]:
-    """Flip some bytes, or, in one case of four, copy, cut or insert some. Most of it hits the header."""
+def random_damage(layout: Layout, rng: np.random.Generator) -> tuple[str, bytes]:
+    """Flip some bytes, or, in one case of four, copy, cut or insert some."""
+    data = layout.data
     damaged = bytearray(data)
 
     def place() -> int:
-        return int(rng.integers(header if rng.random() < 0.75 else len(data)))
+        """Half of the time in some field, whatever its size; else anywhere in the header or in the file."""
+        choice = rng.random()
+        if choice < 0.5:
+            field = layout.fields[rng.integers(len(layout.fields))]
+            return field.offset + int(rng.integers(max(1, field.size)))
+        return int(rng.integers(layout.header_end if choice < 0.75 else len(data)))
 
     if rng.random() < 0.75:
         places = [place() for _ in range(rng.integers(1, 5))]
@@ -295,12 +301,11 @@ def all_cases(
     yield from (("int8", what, data) for what, data in crafted())
     for number, (weights, data) in enumerate(files[:thorough]):
         yield from ((weights, f"file {number}, {what}", damaged) for what, damaged in systematic(data))
-    headers = [Layout(data).header_end for _, data in files]
+    layouts = [Layout(data) for _, data in files]
     for case in range(random):
         number = case % len(files)
-        weights, data = files[number]
-        what, damaged = random_damage(data, headers[number], np.random.default_rng([seed, case]))
-        yield weights, f"file {number}, {what}", damaged
+        what, damaged = random_damage(layouts[number], np.random.default_rng([seed, case]))
+        yield files[number][0], f"file {number}, {what}", damaged
 
 
 # Running

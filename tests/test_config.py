@@ -97,6 +97,18 @@ def test_a_key_that_is_no_sensible_integer_is_refused(files, key):
         refused(with_keys(files["llama"], **{key.replace(".", "__"): value}), f"llama.{key} is", "expected")
 
 
+@pytest.mark.parametrize(
+    ("key", "most"),
+    [
+        ("embedding_length", 1 << 18), ("feed_forward_length", 1 << 18), ("block_count", 256),
+        ("attention.head_count", 1024), ("attention.head_count_kv", 1024), ("attention.key_length", 1024),
+        ("context_length", 1 << 24), ("attention.sliding_window", 1 << 24),
+    ],
+)  # fmt: skip
+def test_no_model_is_that_large(files, key, most):
+    refused(with_keys(files["llama"], **{key.replace(".", "__"): most + 1}), f"llama.{key} is", f"from 1 to {most}")
+
+
 @pytest.mark.parametrize("key", INTEGERS[:5])
 def test_a_key_that_is_needed_is_missed(files, key):
     refused(with_keys(files["llama"], **{key.replace(".", "__"): None}), f"the key llama.{key} is missing")

@@ -15,6 +15,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import flash_attention, flash_decode, qkv_rope, quant_matmul, rms_norm, swiglu
+from pallas_kernels.flash_attention import Visibility
 from pallas_kernels.implementation import dispatch
 from pallas_kernels.quant_matmul import IMPLEMENTATIONS as MATMULS
 from pallas_kernels.quant_matmul import dequantize
@@ -179,38 +180,55 @@ def test_qkv_rope(dtype, kind, batch, length, d, n, k, h, rotary, biased):
 # Attention
 
 
-def numpy_attention(q, k, v, positions, key_positions, window=None):
-    """One query and head at a time; also each output's scale, sum p |v|, and the largest |score|."""
+def random_rows(seed, *shape, dtype, int8=False):
+    """Keys or values [B, K, S, H], plain or as int8 with a scale a row, and what they are exactly."""
+    if not int8:
+        rows = normal(seed, *shape, dtype=dtype)
+        return rows, exact(rows)
+    rng = np.random.default_rng(seed)
+    values = rng.integers(-127, 128, shape, np.int8)
+    scales = rng.uniform(0.005, 0.02, shape[:-1]).astype(np.float16)
+    return (jnp.asarray(values), jnp.asarray(scales)), exact(values) * exact(scales)[..., None]
+
+
+def sees(visibility, position, key_position):
+    distance = position - key_position
+    near = visibility.window is None or distance < visibility.window or key_position < visibility.sinks
+    return key_position >= 0 and distance >= visibility.nearest and near
+
+
+def numpy_attention(q, k, v, positions, key_positions, visibility):
+    """One query and head at a time; each output, its log-sum-exp, its scale sum p |v|, and the largest |score|."""
     batch, length, n, width = q.shape
-    out, scale, largest = np.zeros(q.shape), np.zeros(q.shape), 0.0
+    out, lse, scale, largest = np.zeros(q.shape), np.full(q.shape[:3], -np.inf), np.zeros(q.shape), 1.0
     for b, t, head in np.ndindex(batch, length, n):
         kv = head // (n // k.shape[1])
-        seen = [
-            s for s, at in enumerate(key_positions[b])
-            if at >= 0 and at <= positions[b, t] and (window is None or positions[b, t] - at < window)
-        ]  # fmt: skip
+        seen = [s for s, at in enumerate(key_positions[b]) if sees(visibility, positions[b, t], at)]
         if seen:
             scores = k[b, kv, seen] @ q[b, t, head] / math.sqrt(width)
-            p = np.exp(scores - scores.max())
-            p /= p.sum()
+            weights = np.exp(scores - scores.max())
+            p = weights / weights.sum()
             out[b, t, head], scale[b, t, head] = p @ v[b, kv, seen], p @ np.abs(v[b, kv, seen])
+            lse[b, t, head] = scores.max() + np.log(weights.sum())
             largest = max(largest, np.abs(scores).max())
-    return out, scale, largest
+    return out, lse, scale, largest
 
 
-@partial(jax.jit, static_argnames=("function", "window"))
-def attend(function, q, k, v, positions, key_positions, window=None):
-    return function(q, k, v, positions, key_positions, sliding_window=window)
+@partial(jax.jit, static_argnames=("function", "visibility", "lse"))
+def attend(function, q, k, v, positions, key_positions, visibility=Visibility(), lse=False):  # noqa: B008 (immutable)
+    return function(q, k, v, positions, key_positions, visibility=visibility, lse=lse)
 
 
-def assert_attends(function, q, k, v, positions, key_positions, window=None):
-    out, scale, largest = numpy_attention(*map(exact, (q, k, v)), positions, key_positions, window)
-    actual = attend(function, q, k, v, positions, key_positions, window)
+def assert_attends(function, q, k, v, positions, key_positions, visibility=Visibility()):  # noqa: B008 (immutable)
+    (k, exact_k), (v, exact_v) = k, v
+    out, lse, scale, largest = numpy_attention(exact(q), exact_k, exact_v, positions, key_positions, visibility)
+    actual, sums = attend(function, q, k, v, positions, key_positions, visibility, lse=True)
     assert actual.dtype == q.dtype and actual.shape == q.shape
-    # Weights and result are rounded to dtype; an error of a score is a relative error of its weight.
-    tolerance = 2 * eps(q.dtype) + 2 * EPS32 * (math.sqrt(k.shape[2]) + math.sqrt(q.shape[-1]) * max(1.0, largest))
-    assert np.all(np.abs(exact(actual) - out) <= tolerance * scale)
-    return actual
+    assert sums.dtype == jnp.float32 and sums.shape == q.shape[:3]
+    # An error of a score is an error of the log-sum-exp, and a relative one of a weight.
+    error = 2 * EPS32 * (math.sqrt(exact_k.shape[2]) + math.sqrt(q.shape[-1]) * largest)
+    np.testing.assert_allclose(sums, lse, rtol=0, atol=error)
+    assert np.all(np.abs(exact(actual) - out) <= (error + 2 * eps(q.dtype)) * scale)  # weights and result are rounded
 
 
 def random_slots(seed, batch, length, slots):
@@ -224,22 +242,42 @@ def random_slots(seed, batch, length, slots):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("batch", "length", "n", "k", "width", "slots", "window"),
+    ("batch", "length", "n", "k", "width", "slots", "visibility"),
     [
-        (1, 1, 1, 1, 4, 1, None),
-        (2, 1, 4, 2, 16, 33, None),
-        (2, 8, 6, 3, 12, 40, 5),
-        (3, 5, 4, 1, 96, 17, None),
-        (1, 13, 8, 8, 24, 29, 1),
-        (2, 20, 4, 2, 16, 64, 100),
-        (2, 9, 14, 2, 64, 31, 8),
+        (1, 1, 1, 1, 4, 1, Visibility()),
+        (2, 1, 4, 2, 16, 33, Visibility()),
+        (2, 8, 6, 3, 12, 40, Visibility(window=5)),
+        (3, 5, 4, 1, 96, 17, Visibility(nearest=3)),
+        (1, 13, 8, 8, 24, 29, Visibility(window=1)),
+        (2, 20, 4, 2, 16, 64, Visibility(window=100)),
+        (2, 9, 14, 2, 64, 31, Visibility(window=8, sinks=4)),
+        (2, 2, 4, 2, 16, 30, Visibility(window=12, nearest=4, sinks=2)),
     ],
 )
-def test_attention(dtype, batch, length, n, k, width, slots, window):
+@pytest.mark.parametrize("int8", [False, True], ids=["plain", "int8"])
+def test_attention(dtype, batch, length, n, k, width, slots, visibility, int8):
     q = normal(1, batch, length, n, width, dtype=dtype, std=2)
-    keys, values = (normal(seed, batch, k, slots, width, dtype=dtype) for seed in (2, 3))
-    for function in [flash_attention, *([flash_decode] if length <= 8 else [])]:
-        assert_attends(function, q, keys, values, *random_slots(4, batch, length, slots), window)
+    keys, values = (random_rows(seed, batch, k, slots, width, dtype=dtype, int8=int8) for seed in (2, 3))
+    function = flash_decode if length <= 8 else flash_attention
+    assert_attends(function, q, keys, values, *random_slots(4, batch, length, slots), visibility)
+
+
+def test_few_queries_attend_alike():
+    """flash_decode is flash_attention where it can be."""
+    q, (k, _), (v, _) = normal(1, 2, 8, 4, 16), *(random_rows(i, 2, 2, 20, 16, dtype=jnp.float32) for i in (2, 3))
+    slots = random_slots(4, 2, 8, 20)
+    np.testing.assert_allclose(
+        attend(flash_decode, q, k, v, *slots), attend(flash_attention, q, k, v, *slots), rtol=0, atol=20 * EPS32
+    )
+
+
+def test_visibility():
+    """With d = position - key position: nearest <= d < window, or d >= nearest and a sink; never an empty slot."""
+    positions, key_positions = np.arange(20)[None], np.arange(-3, 20)[None]
+    for visibility in (Visibility(), Visibility(4), Visibility(None, 3), Visibility(6, 2), Visibility(5, 0, 2)):
+        mask = visibility.mask(jnp.asarray(positions), jnp.asarray(key_positions))
+        expected = [[sees(visibility, t, s) for s in key_positions[0]] for t in positions[0]]
+        assert mask[0].tolist() == expected
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -250,7 +288,7 @@ def test_attention_is_that_of_jax_nn(window):
     expected = jax.nn.dot_product_attention(
         q, k, v, is_causal=True, local_window_size=None if window is None else (window - 1, 0), implementation="xla"
     )
-    actual = attend(flash_attention, q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions, positions, window)
+    actual = attend(flash_attention, q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions, positions, Visibility(window))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=EPS32 * math.sqrt(37) * float(jnp.abs(v).max()))
 
 
@@ -260,8 +298,8 @@ def test_a_query_that_sees_no_key_gives_zeros(function, dtype):
     q, k, v = normal(1, 1, 4, 2, 8, dtype=dtype), normal(2, 1, 1, 5, 8, dtype=dtype), normal(3, 1, 1, 5, 8, dtype=dtype)
     positions = jnp.array([[0, 3, 4, 9]], jnp.int32)
     key_positions = jnp.array([[3, 2, -1, -9, 5]], jnp.int32)
-    assert not attend(function, q, k, v, positions, jnp.full((1, 5), -1, jnp.int32), 2).any()
-    out = attend(function, q, k, v, positions, key_positions, 2)  # sees none; 2 and 3; 3; none
+    assert not attend(function, q, k, v, positions, jnp.full((1, 5), -1, jnp.int32), Visibility(2)).any()
+    out = attend(function, q, k, v, positions, key_positions, Visibility(2))  # sees none; 2 and 3; 3; none
     assert not out[0, [0, 3]].any() and jnp.all(out[0, [1, 2]] != 0)
     np.testing.assert_array_equal(out[0, 2], jnp.tile(v[0, 0, :1], (2, 1)))
 
@@ -271,7 +309,7 @@ def test_attention_at_large_magnitudes(dtype):
     """Scores up to some 1e5: exp of them alone would overflow."""
     q, k = normal(1, 2, 3, 4, 16, dtype=dtype, std=200), normal(2, 2, 2, 20, 16, dtype=dtype, std=200)
     v = normal(3, 2, 2, 20, 16, dtype=dtype, std=1e4)
-    assert_attends(flash_decode, q, k, v, *random_slots(4, 2, 3, 20))
+    assert_attends(flash_decode, q, (k, exact(k)), (v, exact(v)), *random_slots(4, 2, 3, 20))
 
 
 def test_a_hot_row_leaves_the_others_alone():

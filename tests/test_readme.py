@@ -10,7 +10,8 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MUL
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_an_example_runs(number, default_model, capsys):
+def test_an_example_runs(number, default_model, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(EXAMPLES[number], f"README.md, example {number}", "exec"), {})
     assert capsys.readouterr().out
 

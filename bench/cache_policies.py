@@ -1,0 +1,75 @@
+"""What does a cache policy cost in quality, and what does it save?
+
+Perplexity of a long text by position under each policy, and the bytes that the cache holds at its end. The text is fed
+chunk by chunk against the cache, so that each token sees exactly what it would see in generation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from bench import common
+from orcd_jax.cache_policy import CachePolicy
+from orcd_jax.language_model import LanguageModel
+
+TEXT = Path(__file__).parent.parent / "tests" / "data" / "prose.txt"
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--file", type=Path, default=TEXT, help="the text (default: the one of the tests)")
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--plot", type=Path, help="write a plot of perplexity by position to this PNG")
+    args = parser.parse_args()
+    model = common.load(args)
+    ids = model.encode_prompt(args.file.read_text(encoding="utf-8"))[: 300 if args.quick else model.context]
+    window = min(args.window, len(ids) // 4)
+    policies = ["full", "int8", f"sliding:{window}:4", f"sliding:{window}:0", f"sliding:{window}:4+int8"]
+    policies.append(f"compress:{window}")
+    where = common.environment(model.device)
+    print(f"{model.config.name}, weights {model.weights}, {len(ids)} tokens of {args.file.name}, on {where['device']}")
+    print(f"{'policy':<20}{'perplexity':>12}{'of full':>10}{'last quarter':>14}{'bytes held':>14}")
+    rows, curves = [], {}
+    for name in policies:
+        config = dataclasses.replace(model.config, cache=CachePolicy.parse(name))
+        other = LanguageModel(
+            config, model.params, model.tokenizer, None,
+            context=model.context, weights=model.weights, device=model.device,
+        )  # fmt: skip
+        losses = -other.token_logprobs(ids).astype(np.float64)
+        curves[name] = losses
+        overall, last = np.exp(losses.mean()), np.exp(losses[-len(losses) // 4 :].mean())
+        held = config.cache_bytes(1, len(ids))
+        rows.append({"policy": name, "perplexity": overall, "last_quarter": last, "bytes": held})
+        print(f"{name:<20}{overall:>12.3f}{overall / rows[0]['perplexity'] - 1:>+10.2%}{last:>14.3f}{held:>14,}")
+    if args.plot:
+        plot(curves, args.plot, f"{model.config.name}, window {window}")
+    common.finish(
+        {"bench": "cache_policies", "model": model.config.name, "weights": model.weights, **where,
+         "tokens": len(ids), "rows": rows}, args.json,
+    )  # fmt: skip
+
+
+def plot(curves: dict[str, np.ndarray], path: Path, title: str) -> None:
+    """Perplexity over the 128 tokens around each position."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    _, axes = plt.subplots(figsize=(8, 4.5))
+    for name, losses in curves.items():
+        smooth = np.convolve(losses, np.full(128, 1 / 128), "valid")
+        axes.plot(np.arange(len(smooth)) + 64, np.exp(smooth), label=name, linewidth=1.2)
+    axes.set(xlabel="position", ylabel="perplexity (128 tokens around)", yscale="log", title=title)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    plt.tight_layout()
+    plt.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
