@@ -30,8 +30,8 @@ from orcd_jax.errors import GGUFError
 # memory: a string of n bytes can need 76 + 4 n in Python.
 MAX_KEYS = 1 << 12
 MAX_TENSORS = 1 << 14
-MAX_STRINGS = 1 << 20
-MAX_STRING_BYTES = 1 << 24
+MAX_STRINGS = 1 << 19
+MAX_STRING_BYTES = 1 << 23
 MAX_NAME_BYTES = 1 << 8
 MAX_ALIGNMENT = 1 << 20
 MAX_PARTS = 1 << 7

@@ -206,16 +206,16 @@ MALFORMED: dict[str, tuple[bytes, tuple[str, ...]]] = {
         (END, "the value of 'a.key'"),
     ),
     "too many texts": (
-        gguf([key("a", array(STRING, [""] * (1 << 19))), key("b", array(STRING, [""] * (1 << 19) + [""]))]),
-        ("the value of 'b'", "above 1048576"),
+        gguf([key("a", array(STRING, [""] * (1 << 18))), key("b", array(STRING, [""] * (1 << 18) + [""]))]),
+        ("the value of 'b'", "above 524288"),
     ),
     "too much text in one key": (
-        gguf([key("a", string(b"x" * (1 << 24)))]),
-        ("the value of 'a'", "16777216 bytes long", "at most 16777215"),
+        gguf([key("a", string(b"x" * (1 << 23)))]),
+        ("the value of 'a'", "8388608 bytes long", "at most 8388607"),
     ),
     "too much text in an array": (
-        gguf([key("a", array(STRING, [b"x" * (1 << 23)] * 2))]),
-        ("the value of 'a'", "above 16777216 bytes"),
+        gguf([key("a", array(STRING, [b"x" * (1 << 22)] * 2))]),
+        ("the value of 'a'", "above 8388608 bytes"),
     ),
     # Alignment
     **{

@@ -265,6 +265,13 @@ def test_rows_spread_numbers_and_keep_arrays():
         Sampling(top_k=np.array([1, 2])).rows(3)
 
 
+def test_split_gives_each_row_its_numbers():
+    one, two = Sampling(np.array([0.5, 0.0]), top_k=7, top_p=[0.9, 1.0]).split(2)
+    assert (one, two) == (Sampling(0.5, 7, 0.9), Sampling(0.0, 7, 1.0))
+    with pytest.raises(RequestError, match=r"top_k has 3 values for 2 prompts"):
+        Sampling(top_k=np.array([1, 2, 3])).split(2)
+
+
 def test_other_values_compile_nothing():
     program = jax.jit(lambda logits, sampling, keys, steps: sample(logits, sampling.rows(2), keys, steps))
     for n, values in enumerate([{}, {"temperature": 0.0}, {"top_k": 0, "top_p": 1.0}, {"repeat_penalty": 2.0}]):
