@@ -126,13 +126,13 @@ class Tokenizer:
             else:
                 warnings.warn("the file names no pre-tokeniser (tokenizer.ggml.pre); taking 'default'", stacklevel=3)
                 pre = "default"
-            self._bpe, self._missing_bytes, self._characters = _byte_level_bpe(metadata, self._texts, kinds, pre)
             self.has_space_prefix = False
             self.add_bos = _read_flag(metadata, "add_bos_token", pre in ("llama-bpe", "llama3", "llama-v3"))
+            self._bpe, self._missing_bytes, self._characters = _byte_level_bpe(metadata, self._texts, kinds, pre)
         else:
-            self._bpe, self._missing_bytes, self._characters = _sentencepiece_bpe(metadata, self._texts, kinds)
             self.has_space_prefix = _read_flag(metadata, "add_space_prefix", True)
             self.add_bos = _read_flag(metadata, "add_bos_token", True)
+            self._bpe, self._missing_bytes, self._characters = _sentencepiece_bpe(metadata, self._texts, kinds)
             bos = controls.get("<s>") if bos is None else bos
             eos = controls.get("</s>") if eos is None else eos
         self.bos_id, self.eos_id = bos, eos
