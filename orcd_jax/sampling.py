@@ -123,7 +123,7 @@ def _draw(values: jax.Array, ids: jax.Array, sampling: Sampling, keys: jax.Array
     """
     rank = lax.broadcasted_iota(jnp.int32, values.shape, 1)
     top_k, top_p, min_p = sampling.top_k[:, None], sampling.top_p[:, None], sampling.min_p[:, None]
-    kept = (rank < top_k) | (top_k == 0)
+    kept = ((rank < top_k) | (top_k == 0)) & (values > -jnp.inf)
     probabilities = jax.nn.softmax(jnp.where(kept, values, -jnp.inf), axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     kept &= (before < top_p) | (top_p >= 1)

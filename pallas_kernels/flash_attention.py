@@ -59,11 +59,15 @@ def reference(
     values, value_scales = v if isinstance(v, tuple) else (v, None)
     batch, length, _, width = q.shape
     grouped = q.reshape(batch, length, keys.shape[1], -1, width)
-    # Keys on the left: with queries there, XLA on the CPU transposes the cache and then copies it whole at each step.
-    scores = jnp.einsum(
-        "bksh,btkgh->bksgt", keys.astype(q.dtype), grouped, precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    ).transpose(0, 1, 3, 4, 2)  # fmt: skip
+    few = length <= 8  # summed in one pass: for a dot, XLA on the CPU transposes a row's cache at each step
+    if few:
+        queries = grouped.transpose(0, 2, 3, 1, 4)[:, :, :, :, None].astype(jnp.float32)
+        scores = jnp.sum(queries * keys.astype(jnp.float32)[:, :, None, None], axis=-1)
+    else:
+        scores = jnp.einsum(
+            "bksh,btkgh->bksgt", keys.astype(q.dtype), grouped, precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        ).transpose(0, 1, 3, 4, 2)  # fmt: skip
     if key_scales is not None:
         scores *= key_scales.astype(jnp.float32)[:, :, None, None, :]
     mask = visibility.mask(positions, key_positions)[:, None, None]
@@ -73,12 +77,17 @@ def reference(
     total = jnp.sum(weights, axis=-1)  # [B, K, G, T]
     if value_scales is not None:
         weights *= value_scales.astype(jnp.float32)[:, :, None, None, :]
-    out = jnp.einsum(
-        "bkgts,bksh->btkgh", weights.astype(q.dtype), values.astype(q.dtype), precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    norm = jnp.moveaxis(jnp.where(total == 0.0, 1.0, total), 3, 1)[..., None]
-    result = (out / norm).astype(q.dtype).reshape(q.shape)
+    weights = weights.astype(q.dtype)
+    if few:
+        weights = lax.optimization_barrier(weights).astype(jnp.float32)
+        out = jnp.sum(weights[..., None] * values.astype(jnp.float32)[:, :, None, None], axis=-2)
+    else:
+        out = jnp.einsum(
+            "bkgts,bksh->bkgth", weights, values.astype(q.dtype), precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+    out = out / jnp.where(total == 0.0, 1.0, total)[..., None]
+    result = out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
     if not lse:
         return result
     sums = jnp.moveaxis(top[..., 0] + jnp.log(total), 3, 1)  # -inf where no key is seen

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
 from tiny_models import SPECS, write_gguf
@@ -12,6 +13,10 @@ from orcd_jax.errors import DownloadError
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# How long an example takes is the machine's affair, not the code's.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -341,10 +341,7 @@ def compiled_decode(model, batch, length, donate):
     return program.memory_analysis(), sum(math.prod(map(int, shape.split(","))) == layer for shape in shapes), 4 * layer
 
 
-TRANSPOSES = pytest.mark.xfail(reason="XLA for CPUs transposes the keys and values of a single row at every step")
-
-
-@pytest.mark.parametrize("batch", [pytest.param(1, marks=TRANSPOSES), ROWS])
+@pytest.mark.parametrize("batch", [1, ROWS])
 def test_the_donated_cache_is_updated_in_place(model, batch):
     """No program's temporaries hold a layer's keys or values, and no step copies them."""
     _, config = model
