@@ -1,4 +1,7 @@
-"""Which implementation of an op runs: by argument, by `use(...)` while tracing, or the first that can."""
+"""Which implementation of an op runs: by argument, by `use(...)` while tracing, or the first that can.
+
+"mosaic_gpu" kernels are for Hopper (compute capability 9: they use its wgmma and TMA units); "xla" runs anywhere.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,26 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
+import jax
+
 _log = logging.getLogger(__name__)
 _preferred: ContextVar[str | None] = ContextVar("preferred_implementation", default=None)
+
+
+def on_hopper() -> bool:
+    """Whether JAX's default device is a GPU of compute capability 9."""
+    device = jax.config.jax_default_device or jax.devices()[0]
+    if isinstance(device, str):
+        device = jax.devices(device)[0]
+    return device.platform == "gpu" and str(device.compute_capability).startswith("9.")
 
 
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
     """Prefer the implementation `name` for every op that is traced inside the block.
 
-    An op without it, or whose arguments it cannot take, falls to the next implementation and logs that it did.
+    The device is not asked: this is how to compile for a GPU ahead of time, where there is none. An op without it, or
+    whose arguments it cannot take, falls to the next implementation and logs that it did.
     """
     token = _preferred.set(name)
     try:
@@ -28,7 +42,7 @@ def use(name: str) -> Iterator[None]:
 def dispatch(
     op: str, implementations: Mapping[str, Callable[..., Any]], name: str | None, *args: Any, **kwargs: Any
 ) -> Any:
-    """Call the implementation `name`, or else the preferred one, or else the first that takes these arguments.
+    """Call the implementation `name`, or else the preferred one, or else the device's first that takes the arguments.
 
     Args:
       op: the op's name, for messages.
@@ -45,7 +59,8 @@ def dispatch(
     preferred = _preferred.get()
     if preferred is not None and preferred not in implementations:
         _log.warning("%s has no implementation %r; using %s", op, preferred, next(iter(implementations)))
-    order = sorted(implementations, key=lambda candidate: candidate != preferred)  # stable: the rest stay best first
+    able = [i for i in implementations if i == preferred or i != "mosaic_gpu" or on_hopper()]
+    order = sorted(able, key=lambda candidate: candidate != preferred)  # stable: the rest stay best first
     for candidate in order[:-1]:
         try:
             return implementations[candidate](*args, **kwargs)
