@@ -18,9 +18,10 @@ import numpy as np
 from jax import lax
 
 from orcd_jax.errors import RequestError
+from pallas_kernels import top_k
 
 # Rows that keep at most this many tokens by top-k are sampled from the largest few, without sorting the vocabulary.
-_CANDIDATES = 128
+_CANDIDATES = 64
 
 
 @jax.tree_util.register_dataclass
@@ -79,9 +80,11 @@ class Sampling:
 
 
 def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Apply the repeat penalty [B] to logits [B, V] where seen, bool [B, V]."""
+    """Apply the repeat penalty [B] to logits [B, V] where seen, bool [B, V]; what was finite stays so."""
     penalty = penalty[:, None]
-    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    most = jnp.finfo(logits.dtype).max
+    penalized = jnp.clip(jnp.where(logits > 0, logits / penalty, logits * penalty), -most, most)
+    return jnp.where(seen & jnp.isfinite(logits), penalized, logits)
 
 
 def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array, steps: jax.Array) -> jax.Array:
@@ -102,9 +105,7 @@ def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array, steps: jax.Ar
     few = (sampling.top_k > 0) & (sampling.top_k <= candidates) | ~drawing
 
     def draw_few() -> jax.Array:
-        # Without the barrier XLA merges later slices into the top-k and turns it back into a sort of the vocabulary.
-        values, ids = lax.optimization_barrier(lax.top_k(logits, candidates))
-        return _draw(values, ids, sampling, keys, steps)
+        return _draw(*top_k(logits, candidates), sampling, keys, steps)
 
     def draw_all() -> jax.Array:
         ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)

@@ -11,5 +11,6 @@ from pallas_kernels.qkv_rope import qkv_rope
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.swiglu import swiglu
+from pallas_kernels.top_k import top_k
 
-__all__ = ["flash_attention", "flash_decode", "qkv_rope", "quant_matmul", "rms_norm", "swiglu", "use"]
+__all__ = ["flash_attention", "flash_decode", "qkv_rope", "quant_matmul", "rms_norm", "swiglu", "top_k", "use"]

@@ -19,7 +19,8 @@ _preferred: ContextVar[str | None] = ContextVar("preferred_implementation", defa
 
 def on_hopper() -> bool:
     """Whether JAX's default device is a GPU of compute capability 9."""
-    device = jax.config.jax_default_device or jax.devices()[0]
+    settings: Any = jax.config
+    device = settings.jax_default_device or jax.devices()[0]
     if isinstance(device, str):
         device = jax.devices(device)[0]
     return device.platform == "gpu" and str(device.compute_capability).startswith("9.")

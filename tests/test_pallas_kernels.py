@@ -19,6 +19,7 @@ from pallas_kernels.flash_attention import Visibility
 from pallas_kernels.implementation import dispatch
 from pallas_kernels.quant_matmul import IMPLEMENTATIONS as MATMULS
 from pallas_kernels.quant_matmul import dequantize
+from pallas_kernels.top_k import tournament
 
 # Compiled as a whole, not operation by operation.
 compiled_quant_matmul = jax.jit(quant_matmul, static_argnames="out_dtype")
@@ -433,3 +434,26 @@ def test_use_reaches_an_op_while_tracing(monkeypatch):
     with pallas_kernels.use("fake"):
         assert jax.jit(lambda: quant_matmul(x, weight))()[0, 0] == 42
     assert jax.jit(lambda: quant_matmul(x, weight))()[0, 0] == 4
+
+
+# top_k
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "k"), [(1, 5000, 64), (3, 4097, 1), (2, 1600, 128), (2, 40, 40), (1, 151936, 64)]
+)
+def test_the_tournament_finds_the_largest_in_order(rows, width, k):
+    rng = np.random.default_rng(width)
+    x = np.round(rng.standard_normal((rows, width)) * 8).astype(np.float32) / 8  # ties at every rank
+    x[:, width // 3 : width // 2] = -np.inf
+    order = np.argsort(-x, axis=-1, kind="stable")[:, :k]
+    for op in (tournament, pallas_kernels.top_k):
+        values, ids = jax.jit(op, static_argnums=1)(x, k)
+        np.testing.assert_array_equal(ids, order)
+        np.testing.assert_array_equal(values, np.take_along_axis(x, order, axis=-1))
+
+
+def test_the_tournament_takes_rows_of_nothing_but_minus_infinity():
+    values, ids = tournament(jnp.full((1, 3000), -jnp.inf), 5)
+    np.testing.assert_array_equal(ids, [[0, 1, 2, 3, 4]])
+    np.testing.assert_array_equal(values, np.full((1, 5), -np.inf))

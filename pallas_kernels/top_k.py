@@ -1,0 +1,60 @@
+"""The k largest numbers of each row, in order, and where they are; of equal ones the first counts as larger.
+
+A tournament finds them without sorting the row. Cut the row into groups: the k largest lie in the k groups with the
+largest maxima, since each of those has a number that beats all of any other group. So each round keeps k groups and
+cuts them more finely. Ranks come from comparing all pairs: a million comparisons are nothing to a GPU, and a round is
+three small kernels, all of which a command buffer can hold.
+
+Layouts: x [B, V]; the results [B, k].
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_GROUPS = 1024  # about so many are ranked at a time
+
+
+def reference(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The op by `lax.top_k`, which is quick on a CPU and sorts the whole row on a GPU."""
+    # Without the barrier XLA merges later slices into the top-k and turns it back into a sort on a CPU too.
+    values, ids = lax.optimization_barrier(lax.top_k(x, k))
+    return values, ids
+
+
+def tournament(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The op in rounds, for a GPU."""
+    ids = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    while (size := x.shape[1]) > _GROUPS * 3 // 2:
+        group = 1 << ((size // _GROUPS).bit_length() - 1)
+        padding = ((0, 0), (0, -size % group))
+        x = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(x.shape[0], -1, group)
+        ids = jnp.pad(ids, padding, constant_values=jnp.iinfo(ids.dtype).max).reshape(x.shape)
+        best = _order(jnp.max(x, axis=-1), ids[..., 0], k)[..., None]
+        x, ids = (jnp.take_along_axis(a, best, axis=1, mode="clip").reshape(a.shape[0], -1) for a in (x, ids))
+    best = _order(x, ids, k)
+    return jnp.take_along_axis(x, best, axis=1, mode="clip"), jnp.take_along_axis(ids, best, axis=1, mode="clip")
+
+
+def _order(x: jax.Array, ids: jax.Array, k: int) -> jax.Array:
+    """Where in a row [B, C] the k largest are, int32 [B, k], in order; of equal ones the lower id first."""
+    larger = x[:, None, :] > x[:, :, None]
+    before = (x[:, None, :] == x[:, :, None]) & (ids[:, None, :] < ids[:, :, None])
+    rank = jnp.sum(larger | before, axis=-1, dtype=jnp.int32)
+    here = rank[:, None, :] == jnp.arange(k, dtype=jnp.int32)[None, :, None]
+    return jnp.sum(jnp.where(here, lax.broadcasted_iota(jnp.int32, here.shape, 2), 0), axis=-1, dtype=jnp.int32)
+
+
+def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Find the k largest numbers of each row.
+
+    Args:
+      x: float32 [B, V], without NaN: a row that has one gives numbers without meaning.
+      k: 1 to V.
+
+    Returns:
+      Their values, float32 [B, k], the largest first, and their places, int32 [B, k].
+    """
+    return lax.platform_dependent(x, cuda=lambda x: tournament(x, k), default=lambda x: reference(x, k))
