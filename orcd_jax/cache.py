@@ -75,6 +75,10 @@ class FullCache:
         stored = _store(old, _encode(old, k, v), positions, valid)
         return stored, [Segment(stored, _slots(stored), Visibility(window=self.window))]
 
+    def only(self, layer: int) -> FullCache:
+        """The cache as of a model with this layer alone."""
+        return replace(self, layers=(self.layers[layer],))
+
     def advance(self, layers: list[LayerCache], counts: jax.Array) -> FullCache:
         """The cache with updated layers, rows longer by `counts` [B]."""
         return replace(self, layers=tuple(layers), lengths=self.lengths + counts)
@@ -114,6 +118,10 @@ class SlidingCache:
         return stored, [
             Segment(old, before, visibility), Segment(new, jnp.where(valid, positions, -1), visibility)
         ]  # fmt: skip
+
+    def only(self, layer: int) -> SlidingCache:
+        """The cache as of a model with this layer alone."""
+        return replace(self, layers=(self.layers[layer],))
 
     def advance(self, layers: list[LayerCache], counts: jax.Array) -> SlidingCache:
         """The cache with updated layers, rows longer by `counts` [B]."""
@@ -161,6 +169,10 @@ class CompressedCache:
         return stored, [
             *segments, Segment(old.recent, before, near), Segment(new, jnp.where(valid, positions, -1), near)
         ]  # fmt: skip
+
+    def only(self, layer: int) -> CompressedCache:
+        """The cache as of a model with this layer alone."""
+        return replace(self, layers=(self.layers[layer],))
 
     def advance(self, layers: list[CompressedLayer], counts: jax.Array) -> CompressedCache:
         """The cache with updated layers, rows longer by `counts` [B]."""

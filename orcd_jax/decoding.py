@@ -17,7 +17,7 @@ from jax import lax
 from orcd_jax.cache import KVCache, init_cache
 from orcd_jax.config import ModelConfig
 from orcd_jax.loader import Params
-from orcd_jax.model import Decoder, DecoderBlock
+from orcd_jax.model import Decoder
 from orcd_jax.sampling import Sampling, penalize, sample
 
 NO_TOKEN = -1  # emitted by a row that has ended
@@ -91,15 +91,9 @@ def first_not_finite(params: Params, config: ModelConfig, tokens: jax.Array) -> 
     """
     counts = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
     cache = init_cache(config, tokens.shape[0], tokens.shape[1])
-    (hidden, _), captured = Decoder(config).apply(
-        {"params": params},
-        tokens,
-        cache,
-        counts,
-        capture_intermediates=lambda module, _: isinstance(module, DecoderBlock),
-    )
+    (hidden, _), captured = Decoder(config).apply({"params": params}, tokens, cache, counts, mutable=["intermediates"])
     blocks: Any = captured["intermediates"]
-    outputs = [(f"layer {i}", blocks[f"layer_{i}"]["__call__"][0][0]) for i in range(config.n_layers)]
+    outputs = [(f"layer {i}", blocks[f"layer_{i}"][0]) for i in range(config.n_layers)]
     outputs += [("the final norm", hidden), ("the head", head(params, config, hidden))]
     return next((name for name, values in outputs if not bool(jnp.isfinite(values).all())), None)
 

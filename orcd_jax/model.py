@@ -9,6 +9,7 @@ R rotated part of a head, V vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -17,8 +18,9 @@ import jax.numpy as jnp
 
 from orcd_jax.cache import KVCache, attend
 from orcd_jax.config import ModelConfig
+from orcd_jax.loader import Params
 from orcd_jax.quantize import QuantizedArray, dequantize
-from pallas_kernels import qkv_rope, quant_matmul, rms_norm, swiglu
+from pallas_kernels import preferred, qkv_rope, quant_matmul, rms_norm, swiglu
 
 
 class _Module(nn.Module):
@@ -33,16 +35,15 @@ class Attention(_Module):
     """x + attention(rms_norm(x)), with rotary positions and a cache."""
 
     def __call__(
-        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], cache: KVCache, layer: int,
-        positions: jax.Array, valid: jax.Array,
-    ) -> tuple[jax.Array, Any]:  # fmt: skip
-        """Map x [B, T, D] at `positions` [B, T] to the same shape, and give back the layer's cache."""
+        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], cache: KVCache, positions: jax.Array, valid: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Map x [B, T, D] at `positions` [B, T] to the same shape, and give back the layer; `cache` has it alone."""
         config = self.config
         q, k, v = qkv_rope(
             x, self.weight("norm"), self.weight("qkv"), self.weight("qkv_bias"), *angles,
             n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, eps=config.rms_norm_eps,
         )  # fmt: skip
-        stored, segments = cache.update(layer, k, v, positions, valid)
+        stored, segments = cache.update(0, k, v, positions, valid)
         heads = attend(q, positions, segments)
         return quant_matmul(heads.reshape(*x.shape[:2], -1), self.weight("out"), residual=x), stored
 
@@ -63,6 +64,23 @@ class DecoderBlock(_Module):
             x, stored = Attention(self.config, name="attention")(x, *context)
         with jax.named_scope("swiglu"):
             return SwiGLU(self.config, name="swiglu")(x), stored
+
+
+def decoder_block(config: ModelConfig, params: Params, x: jax.Array, *context: Any) -> tuple[jax.Array, Any]:
+    """Apply a block, traced once for all layers (and programs) of the same shapes."""
+    if not isinstance(x, jax.core.Tracer):
+        return _apply_block(config, params, x, *context)
+    return _traced_block(config, preferred(), params, x, *context)
+
+
+def _apply_block(config: ModelConfig, params: Params, *args: Any) -> Any:
+    return DecoderBlock(config).apply({"params": params}, *args)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _traced_block(config: ModelConfig, implementation: str | None, params: Params, *args: Any) -> Any:
+    del implementation  # what is traced depends on it
+    return _apply_block(config, params, *args)
 
 
 class Decoder(_Module):
@@ -91,8 +109,9 @@ class Decoder(_Module):
         layers = []
         for layer in range(config.n_layers):
             with jax.named_scope(f"layer_{layer}"):
-                block = DecoderBlock(config, name=f"layer_{layer}")
-                x, stored = block(x, angles, cache, layer, positions, valid)
+                own = cache.only(layer)
+                x, stored = decoder_block(config, self.weight(f"layer_{layer}"), x, angles, own, positions, valid)
+            self.sow("intermediates", f"layer_{layer}", x)
             layers.append(stored)
         with jax.named_scope("norm"):
             hidden = rms_norm(x, self.weight("norm"), config.rms_norm_eps)

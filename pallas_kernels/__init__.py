@@ -6,11 +6,21 @@ width, N query heads, K key/value heads, G = N / K, H head width, V vocabulary.
 
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_decode import flash_decode
-from pallas_kernels.implementation import use
+from pallas_kernels.implementation import preferred, use
 from pallas_kernels.qkv_rope import qkv_rope
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.swiglu import swiglu
 from pallas_kernels.top_k import top_k
 
-__all__ = ["flash_attention", "flash_decode", "qkv_rope", "quant_matmul", "rms_norm", "swiglu", "top_k", "use"]
+__all__ = [
+    "flash_attention",
+    "flash_decode",
+    "preferred",
+    "qkv_rope",
+    "quant_matmul",
+    "rms_norm",
+    "swiglu",
+    "top_k",
+    "use",
+]

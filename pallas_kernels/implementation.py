@@ -40,6 +40,11 @@ def use(name: str) -> Iterator[None]:
         _preferred.reset(token)
 
 
+def preferred() -> str | None:
+    """The implementation that an enclosing `use` prefers; a cache of traces must depend on it."""
+    return _preferred.get()
+
+
 def dispatch(
     op: str, implementations: Mapping[str, Callable[..., Any]], name: str | None, *args: Any, **kwargs: Any
 ) -> Any:
@@ -57,11 +62,11 @@ def dispatch(
         if name not in implementations:
             raise NotImplementedError(f"{op} has no implementation {name!r}; it has {', '.join(implementations)}")
         return implementations[name](*args, **kwargs)
-    preferred = _preferred.get()
-    if preferred is not None and preferred not in implementations:
-        _log.warning("%s has no implementation %r; using %s", op, preferred, next(iter(implementations)))
-    able = [i for i in implementations if i == preferred or i != "mosaic_gpu" or on_hopper()]
-    order = sorted(able, key=lambda candidate: candidate != preferred)  # stable: the rest stay best first
+    first = preferred()
+    if first is not None and first not in implementations:
+        _log.warning("%s has no implementation %r; using the next", op, first)
+    able = [i for i in implementations if i == first or i != "mosaic_gpu" or on_hopper()]
+    order = sorted(able, key=lambda candidate: candidate != first)  # stable: the rest stay best first
     for candidate in order[:-1]:
         try:
             return implementations[candidate](*args, **kwargs)
