@@ -35,6 +35,8 @@ TENSOR_TYPES = (
 )  # fmt: skip
 
 _CHUNK_WEIGHTS = 1 << 18  # dequantised at a time by each thread, at some 12 bytes each
+_CHUNK_COPIED = 1 << 20  # of Q8_0, which are only copied, at one byte each
+_IN_FLIGHT = 1 << 28  # bytes of the host's that may be on their way to the device
 _MAX_THREADS = 16
 
 
@@ -66,7 +68,7 @@ class _Part(NamedTuple):
 def load_params(
     file: GGUFFile, config: ModelConfig, weights: WeightFormat, device: jax.Device, progress: bool = False
 ) -> Params:
-    """Read all parameters, one at a time, onto a device.
+    """Read all parameters, one after another, onto a device.
 
     Args:
       file: the opened file.
@@ -89,14 +91,18 @@ def load_params(
         ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS)) as pool,
         tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress, leave=False) as bar,
     ):
+        in_flight: list[Any] = []
         for path, parts in plan.items():
-            host = _assemble(file, parts, weights, pool)
             node = params
             for key in path[:-1]:
                 node = node.setdefault(key, {})
-            # Waiting here keeps the host from holding more than one tensor.
-            node[path[-1]] = jax.block_until_ready(jax.device_put(host, device))
+            node[path[-1]] = jax.device_put(_assemble(file, parts, weights, pool), device)
+            # Transfers overlap with the next tensors' assembly, but the host must not hold the whole model.
+            in_flight.append(node[path[-1]])
+            while len(in_flight) > 1 and _bytes(in_flight) > _IN_FLIGHT:
+                jax.block_until_ready(in_flight.pop(0))
             bar.update(sum(part.info.data.nbytes for part in parts))
+        jax.block_until_ready(params)
     return params
 
 
@@ -227,11 +233,12 @@ def _assemble(
 
     width = parts[0].info.shape[1]
     rows = sum(part.info.shape[0] for part in parts)
-    step = max(1, _CHUNK_WEIGHTS // width)
     spans = []
     first = 0
     for part in parts:
         count = part.info.shape[0]
+        copied = weights == "int8" and part.info.type == Type.Q8_0
+        step = max(1, (_CHUNK_COPIED if copied else _CHUNK_WEIGHTS) // width)
         spans += [(part, slice(a, min(a + step, count)), first) for a in range(0, count, step)]
         first += count
 
@@ -254,6 +261,10 @@ def _assemble(
 
     list(pool.map(fill_matrix, spans))
     return matrix
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
 def _rows(part: _Part, source: slice) -> slice | np.ndarray:
