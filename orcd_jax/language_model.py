@@ -156,6 +156,20 @@ class _Clock:
         self.start = self.first = self.last = time.perf_counter()
         self.prompt_tokens = self.new_tokens = self.rows = 0
 
+    def compiled(self, took: float) -> None:
+        """Compilation took so many seconds, which count as nothing else."""
+        self.compile_s += took
+        self.start += took
+        if self.new_tokens:
+            self.first += took
+
+    def mark(self, new_tokens: int) -> None:
+        """So many tokens are on the host now."""
+        self.last = time.perf_counter()
+        if self.new_tokens == 0:
+            self.first = self.last
+        self.new_tokens = new_tokens
+
     def timings(self) -> Timings:
         ttft = max(self.first - self.start, 1e-9)
         decoding_s = self.last - self.first
@@ -529,24 +543,27 @@ class LanguageModel:
             state, hidden = self._call(clock, decoding.prefill, (state, hidden, tokens, counts), donate=(0, 1))
         state, emitted = self._call(clock, decoding.emit, (state, hidden), donate=0, top_logprobs=logprobs)
         chunk = jax.tree.map(lambda x: x[None], emitted)
-        dispatched = 1
         clock.prompt_tokens, clock.rows = sum(len(row.ids) for row in rows), len(rows)
+        options: dict[str, Any] = {"steps": steps, "top_logprobs": logprobs}
+        dispatched = 1
+
+        def dispatch() -> decoding.Emitted:
+            nonlocal state, dispatched
+            state, emitted = self._call(clock, decoding.decode, (state,), donate=0, **options)
+            dispatched += steps
+            return emitted
+
+        # The first token does not wait for the compilation of what comes after it.
+        ahead = self._is_compiled(decoding.decode, (state,), **options)
         while True:
-            following = None
-            if dispatched < most:
-                state, following = self._call(
-                    clock, decoding.decode, (state,), donate=0, steps=steps, top_logprobs=logprobs
-                )
-                dispatched += steps
+            following = dispatch() if ahead and dispatched < most else None
             pieces = self._accept(rows, chunk, logprobs)  # waits for the chunk, while the following one runs
-            clock.last = time.perf_counter()
-            if clock.new_tokens == 0:
-                clock.first = clock.last
-            clock.new_tokens = sum(len(row.token_ids) for row in rows)
+            clock.mark(sum(len(row.token_ids) for row in rows))
             yield pieces
-            if following is None or all(row.finish_reason for row in rows):
+            if all(row.finish_reason for row in rows):
                 return
-            chunk = following
+            chunk = dispatch() if following is None else following
+            ahead = True
 
     def _accept(self, rows: list[_Row], chunk: decoding.Emitted, logprobs: int | None) -> list[str]:
         tokens = np.asarray(chunk.tokens)
@@ -608,18 +625,22 @@ class LanguageModel:
           donate: which of args are given away.
           params: whether the function takes the parameters.
         """
-        shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(args))
-        key = (function, shapes, tuple(static.items()))
+        key = self._key(function, args, static)
         with jax.default_device(self.device):
             with self._lock:
                 if key not in self._programs:
                     start = time.perf_counter()
                     self._programs[key] = self._compile(function, args, params, donate, static)
                     took = time.perf_counter() - start
-                    clock.compile_s += took
-                    clock.start += took
+                    clock.compiled(took)
                 program = self._programs[key]
             return program(*((self.params,) if params else ()), *args)
+
+    def _is_compiled(self, function: Callable[..., Any], args: tuple, **static: Any) -> bool:
+        return self._key(function, args, static) in self._programs
+
+    def _key(self, function: Callable[..., Any], args: tuple, static: dict) -> Any:
+        return function, tuple((x.shape, x.dtype) for x in jax.tree.leaves(args)), tuple(static.items())
 
     def _compile(self, function: Callable[..., Any], args: tuple, params: bool, donate: Any, static: dict) -> Any:
         donated = tuple(i + params for i in np.ravel(donate).astype(int).tolist())
