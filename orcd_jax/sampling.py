@@ -113,7 +113,9 @@ def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array, steps: jax.Ar
         return _draw(-descending, ids, sampling, keys, steps)
 
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    drawn = lax.cond(jnp.any(drawing), lambda: lax.cond(jnp.all(few), draw_few, draw_all), lambda: greedy)
+    # One switch, not two conditions: on a GPU each costs a decode step some 15 us.
+    branch = jnp.where(jnp.any(drawing), jnp.where(jnp.all(few), 1, 2), 0)
+    drawn = lax.switch(branch, (lambda: greedy, draw_few, draw_all))
     return jnp.where(drawing, drawn, greedy)
 
 
