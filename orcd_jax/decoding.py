@@ -19,6 +19,7 @@ from orcd_jax.config import ModelConfig
 from orcd_jax.loader import Params
 from orcd_jax.model import Decoder
 from orcd_jax.sampling import Sampling, penalize, sample
+from pallas_kernels import top_k
 
 NO_TOKEN = -1  # emitted by a row that has ended
 NOT_FINITE = -2  # emitted by a row whose logits are not finite; it ends there
@@ -217,7 +218,7 @@ def _emit(
         return state, Emitted(emitted, None, None, None)
     logprobs = jax.nn.log_softmax(masked, axis=-1)
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
-    return state, Emitted(emitted, chosen, *reversed(lax.top_k(logprobs, top_logprobs)))
+    return state, Emitted(emitted, chosen, *reversed(top_k(logprobs, top_logprobs)))
 
 
 def decode(

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_GROUPS = 1024  # about so many are ranked at a time
+_GROUPS, _GROUPS_OF_MANY = 1024, 512  # about so many of a row are ranked at a time
+_MANY = 8  # rows from which on comparisons cost more than another round of kernels
 
 
 def reference(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -27,8 +28,9 @@ def reference(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 def tournament(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The op in rounds, for a GPU."""
     ids = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    while (size := x.shape[1]) > _GROUPS * 3 // 2:
-        group = 1 << ((size // _GROUPS).bit_length() - 1)
+    most = _GROUPS if x.shape[0] < _MANY else _GROUPS_OF_MANY
+    while (size := x.shape[1]) > most * 3 // 2:
+        group = 1 << ((size // most).bit_length() - 1)
         padding = ((0, 0), (0, -size % group))
         x = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(x.shape[0], -1, group)
         ids = jnp.pad(ids, padding, constant_values=jnp.iinfo(ids.dtype).max).reshape(x.shape)
@@ -57,4 +59,5 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     Returns:
       Their values, float32 [B, k], the largest first, and their places, int32 [B, k].
     """
-    return lax.platform_dependent(x, cuda=lambda x: tournament(x, k), default=lambda x: reference(x, k))
+    op = tournament if k <= _GROUPS_OF_MANY // 2 else reference  # a round must leave more groups than it keeps
+    return lax.platform_dependent(x, cuda=lambda x: op(x, k), default=lambda x: reference(x, k))

@@ -440,7 +440,7 @@ def test_use_reaches_an_op_while_tracing(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "k"), [(1, 5000, 64), (3, 4097, 1), (2, 1600, 128), (2, 40, 40), (1, 151936, 64)]
+    ("rows", "width", "k"), [(1, 5000, 64), (3, 4097, 1), (2, 1600, 128), (9, 33000, 64), (2, 40, 40), (1, 151936, 64)]
 )
 def test_the_tournament_finds_the_largest_in_order(rows, width, k):
     rng = np.random.default_rng(width)
