@@ -12,7 +12,7 @@ Layouts: q and the result [B, T, N, H]; k and v [B, K, S, H], so that a head's k
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,13 @@ def reference(
     return result, sums.reshape(q.shape[:3])
 
 
-IMPLEMENTATIONS = {"xla": reference}
+def _mosaic_gpu(*args: Any) -> Any:
+    from pallas_kernels.mosaic_gpu.flash_attention import flash_attention as kernel
+
+    return kernel(*args)
+
+
+IMPLEMENTATIONS = {"mosaic_gpu": _mosaic_gpu, "xla": reference}
 
 
 def flash_attention(
@@ -117,7 +123,7 @@ def flash_attention(
       key_positions: [B, S] or [1, S] int32, each slot's position, negative where the slot is empty.
       visibility: which keys a query sees; static.
       lse: also return the log of the sum of the exponentials of the scores.
-      implementation: "xla", or None to choose.
+      implementation: "mosaic_gpu" (Hopper: bfloat16, H of 64, 96 or 128), "xla", or None to choose.
 
     Returns:
       [B, T, N, H] in q's dtype; with `lse` also float32 [B, T, N], -inf for a query that sees no key.
