@@ -7,7 +7,7 @@ width, N query heads, K key/value heads, G = N / K, H head width, V vocabulary.
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_decode import flash_decode
 from pallas_kernels.implementation import preferred, use
-from pallas_kernels.qkv_rope import qkv_rope
+from pallas_kernels.qkv_rope import qkv_rope, qkv_rope_store
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.swiglu import swiglu
@@ -18,6 +18,7 @@ __all__ = [
     "flash_decode",
     "preferred",
     "qkv_rope",
+    "qkv_rope_store",
     "quant_matmul",
     "rms_norm",
     "swiglu",

@@ -10,6 +10,8 @@ Layouts: x [B, T, D]; weight [(N + 2K) H, D] with the rows of q, k, v in this or
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -45,7 +47,46 @@ def reference(
     return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
-IMPLEMENTATIONS = {"xla": reference}
+def store_reference(
+    x: jax.Array,
+    norm: jax.Array,
+    weight: Weight,
+    bias: jax.Array | None,
+    cos: jax.Array,
+    sin: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    slots: jax.Array,
+    n_heads: int,
+    eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`qkv_rope_store` in plain JAX."""
+    q, k, v = reference(x, norm, weight, bias, cos, sin, n_heads, keys.shape[1], eps)
+    rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
+    # Tokens to be dropped go beyond the end, each to a slot of its own, so that all indices are unique.
+    beyond = jnp.iinfo(jnp.int32).max - jnp.arange(slots.shape[1], dtype=jnp.int32)[None]
+    slots = jnp.where((slots >= 0) & (slots < keys.shape[2]), slots, beyond)
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[rows, :, slots].set(new.astype(old.dtype), mode="drop", unique_indices=True)
+
+    return q, put(keys, k), put(values, v)
+
+
+def _mosaic_gpu(*args: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    from pallas_kernels.mosaic_gpu import qkv_rope as kernel
+
+    return kernel.qkv_rope(*args)
+
+
+def _store_mosaic_gpu(*args: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    from pallas_kernels.mosaic_gpu import qkv_rope as kernel
+
+    return kernel.qkv_rope_store(*args)
+
+
+IMPLEMENTATIONS = {"mosaic_gpu": _mosaic_gpu, "xla": reference}
+STORE_IMPLEMENTATIONS = {"mosaic_gpu": _store_mosaic_gpu, "xla": store_reference}
 
 
 def qkv_rope(
@@ -71,7 +112,7 @@ def qkv_rope(
       cos, sin: [B, T, R/2] float32, of each token's angles.
       n_heads, n_kv_heads: N and K.
       eps: added to the mean square.
-      implementation: "xla", or None to choose.
+      implementation: "mosaic_gpu", "xla", or None to choose.
 
     Returns:
       q [B, T, N, H], k [B, T, K, H] and v [B, T, K, H] in x's dtype.
@@ -79,3 +120,33 @@ def qkv_rope(
     return dispatch(
         "qkv_rope", IMPLEMENTATIONS, implementation, x, norm, weight, bias, cos, sin, n_heads, n_kv_heads, eps
     )
+
+
+def qkv_rope_store(
+    x: jax.Array,
+    norm: jax.Array,
+    weight: Weight,
+    bias: jax.Array | None,
+    cos: jax.Array,
+    sin: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    slots: jax.Array,
+    *,
+    n_heads: int,
+    eps: float,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `qkv_rope`, with the keys and values written to a cache.
+
+    Args:
+      keys, values: [B, K, S, H], the cache; updated in place where they are donated.
+      slots: int32 [B, T], where each token's key and value go, no slot twice in a row; outside 0 to S - 1: nowhere.
+
+    Returns:
+      q [B, T, N, H] in x's dtype, and keys and values as they are then.
+    """
+    return dispatch(
+        "qkv_rope_store", STORE_IMPLEMENTATIONS, implementation,
+        x, norm, weight, bias, cos, sin, keys, values, slots, n_heads, eps,
+    )  # fmt: skip

@@ -48,7 +48,30 @@ def reference(
     return y.astype(out_dtype or x.dtype)
 
 
-IMPLEMENTATIONS = {"xla": reference}
+def blocks(weight: Weight) -> tuple[jax.Array, jax.Array]:
+    """The int8 values and float16 scales of a weight for a kernel that takes nothing else.
+
+    Raises:
+      NotImplementedError: if it is a plain matrix.
+    """
+    if not isinstance(weight, tuple):
+        raise NotImplementedError(f"weights of {weight.dtype}, not int8 blocks")
+    return weight
+
+
+def _mosaic_gpu(
+    x: jax.Array,
+    weight: Weight,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    out_dtype: jnp.dtype | None = None,
+) -> jax.Array:
+    from pallas_kernels.mosaic_gpu import quant_matmul as kernel
+
+    return kernel.quant_matmul(x, weight, bias, residual, out_dtype)
+
+
+IMPLEMENTATIONS = {"mosaic_gpu": _mosaic_gpu, "xla": reference}
 
 
 def quant_matmul(
@@ -68,7 +91,7 @@ def quant_matmul(
       bias: [out], added.
       residual: [..., out], added.
       out_dtype: dtype of the result; x's if None.
-      implementation: "xla", or None to choose.
+      implementation: "mosaic_gpu", "xla", or None to choose.
 
     Returns:
       [..., out], accumulated in float32.

@@ -22,7 +22,13 @@ def reference(x: jax.Array, norm: jax.Array, gate_up: Weight, down: Weight, eps:
     return matmul((jax.nn.silu(gate) * up).astype(x.dtype), down, residual=x)
 
 
-IMPLEMENTATIONS = {"xla": reference}
+def _mosaic_gpu(x: jax.Array, norm: jax.Array, gate_up: Weight, down: Weight, eps: float) -> jax.Array:
+    from pallas_kernels.mosaic_gpu import swiglu as kernel
+
+    return kernel.swiglu(x, norm, gate_up, down, eps)
+
+
+IMPLEMENTATIONS = {"mosaic_gpu": _mosaic_gpu, "xla": reference}
 
 
 def swiglu(
@@ -42,7 +48,7 @@ def swiglu(
       gate_up: [2F, D], gate rows then up rows; or (values, scales), see `quant_matmul`.
       down: [D, F]; or (values, scales).
       eps: added to the mean square.
-      implementation: "xla", or None to choose.
+      implementation: "mosaic_gpu", "xla", or None to choose.
 
     Returns:
       [..., D], x with the block's output added.

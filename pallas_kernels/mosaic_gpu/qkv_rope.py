@@ -1,0 +1,63 @@
+"""RMSNorm, query/key/value projection, rotary embedding and the write to the cache for Hopper, in one kernel."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.mosaic_gpu import quant_matmul_skinny as skinny
+from pallas_kernels.quant_matmul import Weight, blocks
+
+
+def qkv_rope(
+    x: jax.Array,
+    norm: jax.Array,
+    weight: Weight,
+    bias: jax.Array | None,
+    cos: jax.Array,
+    sin: jax.Array,
+    n_heads: int,
+    n_kv_heads: int,
+    eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `pallas_kernels.qkv_rope`, for bfloat16 x, weights in int8 blocks, and heads rotated whole."""
+    rows, values, scales, cos, sin, config = _arguments(x, weight, cos, sin)
+    results = skinny.qkv_rope(rows, norm, values, scales, bias, cos, sin, n_heads, n_kv_heads, eps, config)
+    q, k, v = (y.reshape(*x.shape[:2], n, -1) for y, n in zip(results, (n_heads, n_kv_heads, n_kv_heads), strict=True))
+    return q, k, v
+
+
+def qkv_rope_store(
+    x: jax.Array,
+    norm: jax.Array,
+    weight: Weight,
+    bias: jax.Array | None,
+    cos: jax.Array,
+    sin: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    slots: jax.Array,
+    n_heads: int,
+    eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `pallas_kernels.qkv_rope_store`, for bfloat16 x, keys and values, weights in int8 blocks."""
+    if keys.dtype != jnp.bfloat16 or values.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"a cache of {keys.dtype} and {values.dtype}, not bfloat16")
+    if keys.size >= 2**31:
+        raise NotImplementedError("a cache of 2^31 elements or more a layer")
+    rows, w, scales, cos, sin, config = _arguments(x, weight, cos, sin)
+    store = (keys, values, slots.astype(jnp.int32))
+    q, *stored = skinny.qkv_rope(
+        rows, norm, w, scales, bias, cos, sin, n_heads, keys.shape[1], eps, config, store
+    )  # fmt: skip
+    return q.reshape(*x.shape[:2], n_heads, -1), stored[0], stored[1]
+
+
+def _arguments(
+    x: jax.Array, weight: Weight, cos: jax.Array, sin: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, skinny.Config]:
+    values, scales = blocks(weight)
+    rows = x.reshape(-1, x.shape[-1])
+    # Angles may be given once for all rows of a batch.
+    cos, sin = (jnp.broadcast_to(a, (*x.shape[:2], a.shape[-1])).reshape(len(rows), -1) for a in (cos, sin))
+    return rows, values, scales, cos, sin, skinny.choose_config("qkv_rope", rows, values, joined=2)

@@ -1,0 +1,18 @@
+"""The feed-forward half of a block for Hopper: one kernel from RMSNorm to silu(gate) * up, and one for the rest."""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels.mosaic_gpu import quant_matmul_skinny as skinny
+from pallas_kernels.quant_matmul import Weight, blocks
+
+
+def swiglu(x: jax.Array, norm: jax.Array, gate_up: Weight, down: Weight, eps: float) -> jax.Array:
+    """As `pallas_kernels.swiglu`, for bfloat16 x and weights in int8 blocks."""
+    (gate_values, gate_scales), (down_values, down_scales) = blocks(gate_up), blocks(down)
+    rows = x.reshape(-1, x.shape[-1])
+    config = skinny.choose_config("gate_up", rows, gate_values, joined=2)
+    active = skinny.gate_up(rows, norm, gate_values, gate_scales, eps, config)
+    config = skinny.choose_config("quant_matmul", active, down_values, joined=1)
+    return skinny.matmul(active, down_values, down_scales, None, rows, x.dtype, config).reshape(x.shape)
