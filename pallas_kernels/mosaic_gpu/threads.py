@@ -1,0 +1,358 @@
+"""Code for single threads inside a Mosaic GPU kernel: scalars with operators, loops, and the PTX that Pallas lacks.
+
+Pallas' own operations work on arrays that a warpgroup holds together. Where each warp or thread must go its own way (a
+warp that streams weights while others wait for activations), `plgpu.inline_mgpu` takes over, and this module is what
+its body is written in. Memory is addressed by number: int32 for shared memory, int64 for global memory. Every access
+is a volatile inline PTX instruction, so the compiler keeps their order and ptxas schedules them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jax.experimental.mosaic import gpu as mosaic
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm, scf
+
+_scf: Any = scf  # untyped, as the older jaxlib's stubs have other signatures
+_utils: Any = mosaic.utils
+
+
+def i32() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def i64() -> ir.Type:
+    return ir.IntegerType.get_signless(64)
+
+
+def f32() -> ir.Type:
+    return ir.F32Type.get()
+
+
+class Scalar:
+    """A thread's int32, int64 (both unsigned where that matters), float32 or bool, with Python's operators."""
+
+    def __init__(self, value: ir.Value) -> None:
+        self.value = value
+
+    @property
+    def type(self) -> ir.Type:
+        return self.value.type
+
+    def _is_float(self) -> bool:
+        return isinstance(self.type, ir.F32Type)
+
+    def like(self, other: Scalar | int | float) -> Scalar:
+        """`other` as a Scalar of this one's type."""
+        return other if isinstance(other, Scalar) else constant(other, self.type)
+
+    def _apply(self, other: Scalar | int | float, integer: Any, floating: Any = None) -> Scalar:
+        op = floating if self._is_float() else integer
+        return Scalar(op(self.value, self.like(other).value))
+
+    def __add__(self, other: Scalar | int | float) -> Scalar:
+        return self._apply(other, arith.addi, arith.addf)
+
+    def __sub__(self, other: Scalar | int | float) -> Scalar:
+        return self._apply(other, arith.subi, arith.subf)
+
+    def __mul__(self, other: Scalar | int | float) -> Scalar:
+        return self._apply(other, arith.muli, arith.mulf)
+
+    def __truediv__(self, other: Scalar | float) -> Scalar:
+        return self._apply(other, None, arith.divf)
+
+    def __floordiv__(self, other: Scalar | int) -> Scalar:
+        return self._apply(other, arith.divui)
+
+    def __mod__(self, other: Scalar | int) -> Scalar:
+        return self._apply(other, arith.remui)
+
+    def __and__(self, other: Scalar | int) -> Scalar:
+        return self._apply(other, arith.andi)
+
+    def __or__(self, other: Scalar | int) -> Scalar:
+        return self._apply(other, arith.ori)
+
+    def __xor__(self, other: Scalar | int) -> Scalar:
+        return self._apply(other, arith.xori)
+
+    def __lshift__(self, other: Scalar | int) -> Scalar:
+        return self._apply(other, arith.shli)
+
+    def __rshift__(self, other: Scalar | int) -> Scalar:
+        return self._apply(other, arith.shrui)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __rsub__(self, other: Scalar | int | float) -> Scalar:
+        return self.like(other) - self
+
+    def _compare(self, other: Scalar | int | float, integer: Any, floating: Any) -> Scalar:
+        other = self.like(other)
+        if self._is_float():
+            return Scalar(arith.cmpf(floating, self.value, other.value))
+        return Scalar(arith.cmpi(integer, self.value, other.value))
+
+    def __lt__(self, other: Scalar | int | float) -> Scalar:
+        return self._compare(other, arith.CmpIPredicate.ult, arith.CmpFPredicate.OLT)
+
+    def __ge__(self, other: Scalar | int | float) -> Scalar:
+        return self._compare(other, arith.CmpIPredicate.uge, arith.CmpFPredicate.OGE)
+
+    def equals(self, other: Scalar | int) -> Scalar:
+        return self._compare(other, arith.CmpIPredicate.eq, arith.CmpFPredicate.OEQ)
+
+    def differs(self, other: Scalar | int) -> Scalar:
+        return self._compare(other, arith.CmpIPredicate.ne, arith.CmpFPredicate.UNE)
+
+    def wide(self) -> Scalar:
+        """An unsigned int32 as int64."""
+        return Scalar(arith.extui(i64(), self.value))
+
+    def float(self) -> Scalar:
+        """An int32's bits as float32."""
+        return Scalar(arith.bitcast(f32(), self.value))
+
+    def bits(self) -> Scalar:
+        """A float32's bits as int32."""
+        return Scalar(arith.bitcast(i32(), self.value))
+
+
+def constant(value: int | float, of: ir.Type | None = None) -> Scalar:
+    """An int32, or a number of another type."""
+    return Scalar(_utils.c(value, of or i32()))
+
+
+def minimum(a: Scalar, b: Scalar | int) -> Scalar:
+    """The lesser of two unsigned integers."""
+    return Scalar(arith.minui(a.value, a.like(b).value))
+
+
+def maximum(a: Scalar, b: Scalar | float) -> Scalar:
+    """The greater of two float32s."""
+    return Scalar(arith.maxnumf(a.value, a.like(b).value))
+
+
+def select(condition: Scalar, a: Scalar, b: Scalar | int | float) -> Scalar:
+    """a where the condition holds, otherwise b."""
+    return Scalar(arith.select(condition.value, a.value, a.like(b).value))
+
+
+@contextlib.contextmanager
+def when(condition: Scalar) -> Iterator[None]:
+    """Code that runs only in threads where the condition holds."""
+    op = _scf.IfOp(condition.value)
+    with ir.InsertionPoint(op.then_block):
+        yield
+        scf.yield_([])
+
+
+def loop(
+    start: Scalar | int, stop: Scalar | int, step: Scalar | int, carry: Sequence[Scalar],
+    body: Callable[..., Sequence[Scalar]],
+) -> list[Scalar]:  # fmt: skip
+    """`for i in range(start, stop, step): carry = body(i, *carry)`; gives the last carry back."""
+    bounds = [x.value if isinstance(x, Scalar) else constant(x).value for x in (start, stop, step)]
+    op = _scf.ForOp(*bounds, [c.value for c in carry])
+    with ir.InsertionPoint(op.body):
+        results = body(Scalar(op.induction_variable), *map(Scalar, op.inner_iter_args))
+        scf.yield_([r.value for r in results])
+    return [Scalar(r) for r in op.results]
+
+
+def repeat_until(body: Callable[[], tuple[Scalar, Sequence[Scalar]]], types: Sequence[ir.Type]) -> list[Scalar]:
+    """Run `body`, which gives (done, values), until it is done; gives the last values back."""
+    op = _scf.WhileOp(list(types), [])
+    before = op.before.blocks.append()
+    with ir.InsertionPoint(before):
+        done, values = body()
+        again = arith.xori(done.value, _utils.c(1, ir.IntegerType.get_signless(1)))
+        scf.condition(again, [v.value for v in values])
+    after = op.after.blocks.append(*types)
+    with ir.InsertionPoint(after):
+        scf.yield_([])
+    return [Scalar(r) for r in op.results]
+
+
+def ptx(code: str, *args: Scalar, results: Sequence[ir.Type] = (), convergent: bool = False) -> list[Scalar]:
+    """Inline PTX with operands `$0`…: the results first, then the arguments.
+
+    `convergent` instructions are those that a warp's threads execute together.
+    """
+    values: Any = _utils.inline_ptx(
+        code, *(a.value for a in args), result_types=list(results) or None, has_side_effects=True,
+        convergent=convergent,
+    )  # fmt: skip
+    return [Scalar(v) for v in values or ()]
+
+
+def thread_index() -> Scalar:
+    return Scalar(arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x)))
+
+
+def block_index() -> Scalar:
+    return Scalar(arith.index_cast(i32(), gpu.block_id(gpu.Dimension.x)))
+
+
+def shared_address(ref: ir.Value) -> Scalar:
+    """The address of a reference to shared memory."""
+    return Scalar(llvm.ptrtoint(i32(), _utils.memref_ptr(ref)))
+
+
+def global_address(ref: ir.Value) -> Scalar:
+    """The address of a reference to global memory."""
+    return Scalar(llvm.ptrtoint(i64(), _utils.memref_ptr(ref)))
+
+
+# Memory. `words` are 32-bit, one, two or four; addresses are multiples of the size of the access.
+
+
+def _vector(words: int) -> tuple[str, str]:
+    names = ", ".join(f"${i}" for i in range(words))
+    return ("", names) if words == 1 else (f".v{words}", f"{{{names}}}")
+
+
+def load_shared(address: Scalar, words: int = 1, offset: int = 0) -> list[Scalar]:
+    vector, names = _vector(words)
+    return ptx(f"ld.shared{vector}.b32 {names}, [${words} + {offset}];", address, results=[i32()] * words)
+
+
+def store_shared(address: Scalar, *words: Scalar, offset: int = 0) -> None:
+    vector, names = _vector(len(words))
+    words = tuple(w.bits() if w._is_float() else w for w in words)
+    ptx(f"st.shared{vector}.b32 [${len(words)} + {offset}], {names};", *words, address)
+
+
+def load_global(address: Scalar, words: int = 1, offset: int = 0, how: str = "") -> list[Scalar]:
+    """`how` is a PTX qualifier, e.g. ".relaxed.gpu"."""
+    vector, names = _vector(words)
+    return ptx(f"ld{how}.global{vector}.b32 {names}, [${words} + {offset}];", address, results=[i32()] * words)
+
+
+def store_global(address: Scalar, *words: Scalar, offset: int = 0, how: str = "") -> None:
+    vector, names = _vector(len(words))
+    words = tuple(w.bits() if w._is_float() else w for w in words)
+    ptx(f"st{how}.global{vector}.b32 [${len(words)} + {offset}], {names};", *words, address)
+
+
+def store_global_half(address: Scalar, word: Scalar) -> None:
+    """Store the low half of a word."""
+    ptx("{ .reg .b16 low, high; mov.b32 {low, high}, $0; st.global.b16 [$1], low; }", word, address)
+
+
+# Barriers.
+
+
+def synchronize(name: int, threads: int) -> None:
+    """Barrier number `name` among `threads` threads of the block."""
+    ptx(f"bar.sync {name}, {threads};", convergent=True)
+
+
+def synchronize_warp() -> None:
+    """Barrier among the 32 threads of a warp."""
+    ptx("bar.warp.sync -1;", convergent=True)
+
+
+def init_barrier(address: Scalar, arrivals: int) -> None:
+    ptx(f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", address)
+
+
+def arrive(address: Scalar) -> None:
+    ptx("mbarrier.arrive.shared::cta.b64 _, [$0];", address)
+
+
+def arrive_expecting(address: Scalar, bytes_: Scalar) -> None:
+    ptx("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", address, bytes_)
+
+
+def wait(address: Scalar, parity: Scalar) -> None:
+    """Wait until the barrier's phase of this parity has completed."""
+    ptx(
+        "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @!p bra WAIT; }",
+        address,
+        parity,
+    )
+
+
+def copy_to_shared(target: Scalar, source: Scalar, bytes_: Scalar, barrier: Scalar) -> None:
+    """Start a bulk copy from global memory, whose bytes `barrier` counts."""
+    ptx(
+        "{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[$0], [$1], $2, [$3], policy; }",
+        target,
+        source,
+        bytes_,
+        barrier,
+    )
+
+
+# Arithmetic.
+
+
+def permute_bytes(a: Scalar, b: Scalar | int, selector: int) -> Scalar:
+    return ptx(f"prmt.b32 $0, $1, $2, {selector};", a, a.like(b), results=[i32()])[0]
+
+
+def pack_halves(low: Scalar, high: Scalar) -> Scalar:
+    """Two float32s as float16s in one word, the first in the low half."""
+    return ptx("cvt.rn.f16x2.f32 $0, $2, $1;", low, high, results=[i32()])[0]
+
+
+def unpack_halves(word: Scalar) -> list[Scalar]:
+    """The low and the high float16 of a word as float32."""
+    code = "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }"
+    return ptx(code, word, results=[f32()] * 2)
+
+
+def fma(a: Scalar, b: Scalar, c: Scalar) -> Scalar:
+    return ptx("fma.rn.f32 $0, $1, $2, $3;", a, b, c, results=[f32()])[0]
+
+
+def rsqrt(x: Scalar) -> Scalar:
+    return ptx("rsqrt.approx.f32 $0, $1;", x, results=[f32()])[0]
+
+
+def exp2(x: Scalar) -> Scalar:
+    return ptx("ex2.approx.ftz.f32 $0, $1;", x, results=[f32()])[0]
+
+
+def reciprocal(x: Scalar) -> Scalar:
+    return ptx("rcp.approx.f32 $0, $1;", x, results=[f32()])[0]
+
+
+def log2(x: Scalar) -> Scalar:
+    return ptx("lg2.approx.f32 $0, $1;", x, results=[f32()])[0]
+
+
+def pack_bf16(low: Scalar, high: Scalar) -> Scalar:
+    """Two float32s as bfloat16s in one word, the first in the low half."""
+    return ptx("cvt.rn.bf16x2.f32 $0, $2, $1;", low, high, results=[i32()])[0]
+
+
+def round_bf16(x: Scalar) -> Scalar:
+    """The bits of a float32 rounded to a bfloat16, which are the upper half."""
+    return ptx("cvt.rn.bf16x2.f32 $0, $1, 0f00000000;", x, results=[i32()])[0]
+
+
+def shuffle_xor(x: Scalar, distance: int) -> Scalar:
+    """The value of the thread whose lane differs from this one's by `distance`; all of the warp take part."""
+    code = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
+    bits = ptx(code, x.bits() if x._is_float() else x, results=[i32()], convergent=True)[0]
+    return bits.float() if x._is_float() else bits
+
+
+def mma(a: Sequence[Scalar], b: Sequence[Scalar], c: Sequence[Scalar], kind: str) -> list[Scalar]:
+    """c + a b on the tensor cores: a [16, 16] and b [16, 8] of `kind` ("f16" or "bf16"), c [16, 8] float32.
+
+    In the fragments of PTX's mma.m16n8k16.
+    """
+    code = (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+    return ptx(code, *a, *b, *c, results=[f32()] * 4, convergent=True)
