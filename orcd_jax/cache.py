@@ -47,6 +47,7 @@ class Segment(NamedTuple):
     layer: LayerCache
     positions: jax.Array  # int32 [B, S] or [1, S]
     visibility: Visibility
+    ordered: bool = False  # slot s holds position s
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +74,7 @@ class FullCache:
         """
         old = self.layers[layer]
         stored = _store(old, _encode(old, k, v), positions, valid)
-        return stored, [Segment(stored, _slots(stored), Visibility(window=self.window))]
+        return stored, [Segment(stored, _slots(stored), Visibility(window=self.window), ordered=True)]
 
     def only(self, layer: int) -> FullCache:
         """The cache as of a model with this layer alone."""
@@ -162,7 +163,7 @@ class CompressedCache:
         stored = CompressedLayer(
             _store(old.all, _encode(old.all, k, v), positions, valid), _store(old.recent, new, positions % reach, kept)
         )
-        segments = [Segment(stored.all, _slots(stored.all), far)]
+        segments = [Segment(stored.all, _slots(stored.all), far, ordered=True)]
         if k.shape[1] == 1:
             return stored, [*segments, Segment(stored.recent, _ring_positions(ends, 0, reach), near)]
         before = _ring_positions(self.lengths, 0, reach)
@@ -216,11 +217,13 @@ def init_cache(config: ModelConfig, batch: int, length: int) -> KVCache:
 
 def attend(q: jax.Array, positions: jax.Array, segments: list[Segment]) -> jax.Array:
     """Attention of queries [B, T, N, H] at `positions` [B, T] over all segments together, in q's dtype."""
-    op: Any = flash_decode if q.shape[1] <= MAX_QUERIES else flash_attention
+    few = q.shape[1] <= MAX_QUERIES
+    op: Any = flash_decode if few else flash_attention
 
     def part(segment: Segment, lse: bool) -> Any:
         turned = _spread(q) if isinstance(segment.layer.keys, Int8Rows) else q
-        return op(turned, *segment.layer, positions, segment.positions, visibility=segment.visibility, lse=lse)
+        options = {"visibility": segment.visibility, "lse": lse} | ({"ordered": segment.ordered} if few else {})
+        return op(turned, *segment.layer, positions, segment.positions, **options)
 
     if len(segments) == 1:
         return part(segments[0], lse=False)
