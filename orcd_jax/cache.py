@@ -73,8 +73,22 @@ class FullCache:
           The layer as it is then, and what the chunk's queries may attend to.
         """
         old = self.layers[layer]
-        stored = _store(old, _encode(old, k, v), positions, valid)
-        return stored, [Segment(stored, _slots(stored), Visibility(window=self.window), ordered=True)]
+        stored = _store(old, _encode(old, k, v), jnp.where(valid, positions, -1))
+        return stored, self.segments(stored, valid)
+
+    def segments(self, stored: LayerCache, valid: jax.Array) -> list[Segment]:
+        """What queries may attend to once their own tokens, where `valid` [B, T], are in a layer."""
+        del valid
+        return [Segment(stored, _slots(stored), Visibility(window=self.window), ordered=True)]
+
+    def slots(self, positions: jax.Array, valid: jax.Array) -> jax.Array | None:
+        """Where tokens go, int32 [B, T], -1 for none, so that whoever computes keys and values can store them.
+
+        None if they are not stored as they are.
+        """
+        if isinstance(self.layers[0].keys, Int8Rows):
+            return None
+        return jnp.where(valid, positions, -1)
 
     def only(self, layer: int) -> FullCache:
         """The cache as of a model with this layer alone."""
@@ -106,23 +120,40 @@ class SlidingCache:
         self, layer: int, k: jax.Array, v: jax.Array, positions: jax.Array, valid: jax.Array
     ) -> tuple[LayerCache, list[Segment]]:
         """As `FullCache.update`; of a chunk longer than the ring only the end is stored."""
-        old, ends = self.layers[layer], self.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32)
+        old = self.layers[layer]
         new = _encode(old, k, v)
-        in_ring = self.sinks + (positions - self.sinks) % self.window
-        slots = jnp.where(positions < self.sinks, positions, in_ring)
-        kept = valid & ((positions < self.sinks) | (positions >= ends[:, None] - self.window))
-        stored = _store(old, new, slots, kept)
-        visibility = Visibility(window=self.window, sinks=self.sinks)
+        stored = _store(old, new, self._places(positions, valid))
         if k.shape[1] == 1:  # what the token overwrites has just left its window
-            return stored, [Segment(stored, _ring_positions(ends, self.sinks, self.window), visibility)]
+            return stored, self.segments(stored, valid)
         before = _ring_positions(self.lengths, self.sinks, self.window)
+        visibility = Visibility(window=self.window, sinks=self.sinks)
         return stored, [
             Segment(old, before, visibility), Segment(new, jnp.where(valid, positions, -1), visibility)
         ]  # fmt: skip
 
+    def _places(self, positions: jax.Array, valid: jax.Array) -> jax.Array:
+        """Slots of tokens [B, T], -1 for those that later ones of the chunk overwrite, or that are not valid."""
+        ends = self.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32)
+        in_ring = self.sinks + (positions - self.sinks) % self.window
+        places = jnp.where(positions < self.sinks, positions, in_ring)
+        kept = valid & ((positions < self.sinks) | (positions >= ends[:, None] - self.window))
+        return jnp.where(kept, places, -1)
+
+    def segments(self, stored: LayerCache, valid: jax.Array) -> list[Segment]:
+        """As `FullCache.segments`, for one token a row."""
+        ends = self.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32)
+        visibility = Visibility(window=self.window, sinks=self.sinks)
+        return [Segment(stored, _ring_positions(ends, self.sinks, self.window), visibility)]
+
     def only(self, layer: int) -> SlidingCache:
         """The cache as of a model with this layer alone."""
         return replace(self, layers=(self.layers[layer],))
+
+    def slots(self, positions: jax.Array, valid: jax.Array) -> jax.Array | None:
+        """As `FullCache.slots`; None for a longer chunk too, which attends to what it overwrites."""
+        if isinstance(self.layers[0].keys, Int8Rows) or positions.shape[1] > 1:
+            return None
+        return self._places(positions, valid)
 
     def advance(self, layers: list[LayerCache], counts: jax.Array) -> SlidingCache:
         """The cache with updated layers, rows longer by `counts` [B]."""
@@ -155,25 +186,45 @@ class CompressedCache:
     ) -> tuple[CompressedLayer, list[Segment]]:
         """As `FullCache.update`."""
         old, reach = self.layers[layer], self.recent
-        near = Visibility(window=reach if self.window is None else min(reach, self.window))
-        far = Visibility(window=self.window, nearest=reach)
         ends = self.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32)
         new = _encode(old.recent, k, v)
         kept = valid & (positions >= ends[:, None] - reach)
         stored = CompressedLayer(
-            _store(old.all, _encode(old.all, k, v), positions, valid), _store(old.recent, new, positions % reach, kept)
+            _store(old.all, _encode(old.all, k, v), jnp.where(valid, positions, -1)),
+            _store(old.recent, new, jnp.where(kept, positions % reach, -1)),
         )
-        segments = [Segment(stored.all, _slots(stored.all), far, ordered=True)]
         if k.shape[1] == 1:
-            return stored, [*segments, Segment(stored.recent, _ring_positions(ends, 0, reach), near)]
+            return stored, self.segments(stored, valid)
+        near, far = self._visibilities()
         before = _ring_positions(self.lengths, 0, reach)
         return stored, [
-            *segments, Segment(old.recent, before, near), Segment(new, jnp.where(valid, positions, -1), near)
-        ]  # fmt: skip
+            Segment(stored.all, _slots(stored.all), far, ordered=True),
+            Segment(old.recent, before, near),
+            Segment(new, jnp.where(valid, positions, -1), near),
+        ]
+
+    def _visibilities(self) -> tuple[Visibility, Visibility]:
+        """Of recent tokens and of older ones."""
+        reach = self.recent
+        near = Visibility(window=reach if self.window is None else min(reach, self.window))
+        return near, Visibility(window=self.window, nearest=reach)
+
+    def segments(self, stored: CompressedLayer, valid: jax.Array) -> list[Segment]:
+        """As `FullCache.segments`, for one token a row."""
+        near, far = self._visibilities()
+        ends = self.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32)
+        return [
+            Segment(stored.all, _slots(stored.all), far, ordered=True),
+            Segment(stored.recent, _ring_positions(ends, 0, self.recent), near),
+        ]
 
     def only(self, layer: int) -> CompressedCache:
         """The cache as of a model with this layer alone."""
         return replace(self, layers=(self.layers[layer],))
+
+    def slots(self, positions: jax.Array, valid: jax.Array) -> None:
+        """As `FullCache.slots`: tokens are stored twice."""
+        return None
 
     def advance(self, layers: list[CompressedLayer], counts: jax.Array) -> CompressedCache:
         """The cache with updated layers, rows longer by `counts` [B]."""
@@ -292,12 +343,12 @@ def _spreading_matrix(width: int) -> np.ndarray:
     return np.kron(matrix, cosine).astype(np.float32)
 
 
-def _store(old: LayerCache, new: LayerCache, slots: jax.Array, kept: jax.Array) -> LayerCache:
-    """A layer with the tokens of `new` in `slots` [B, T], where `kept` [B, T]."""
+def _store(old: LayerCache, new: LayerCache, slots: jax.Array) -> LayerCache:
+    """A layer with the tokens of `new` in `slots` [B, T]; nowhere where a slot is negative."""
     rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
     # Tokens to be dropped are moved beyond the end, each to a slot of its own, so that all indices are unique.
     beyond = jnp.iinfo(jnp.int32).max - jnp.arange(slots.shape[1], dtype=jnp.int32)[None]
-    slots = jnp.where(kept, slots, beyond)
+    slots = jnp.where(slots >= 0, slots, beyond)
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[rows, :, slots].set(new.swapaxes(1, 2), mode="drop", unique_indices=True)

@@ -16,11 +16,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from orcd_jax.cache import KVCache, attend
+from orcd_jax.cache import KVCache, LayerCache, attend
 from orcd_jax.config import ModelConfig
 from orcd_jax.loader import Params
 from orcd_jax.quantize import QuantizedArray, dequantize
-from pallas_kernels import preferred, qkv_rope, quant_matmul, rms_norm, swiglu
+from pallas_kernels import preferred, qkv_rope, qkv_rope_store, quant_matmul, rms_norm, swiglu
 
 
 class _Module(nn.Module):
@@ -39,11 +39,24 @@ class Attention(_Module):
     ) -> tuple[jax.Array, Any]:
         """Map x [B, T, D] at `positions` [B, T] to the same shape, and give back the layer; `cache` has it alone."""
         config = self.config
-        q, k, v = qkv_rope(
-            x, self.weight("norm"), self.weight("qkv"), self.weight("qkv_bias"), *angles,
-            n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, eps=config.rms_norm_eps,
-        )  # fmt: skip
-        stored, segments = cache.update(0, k, v, positions, valid)
+        norm, qkv, bias = self.weight("norm"), self.weight("qkv"), self.weight("qkv_bias")
+        slots = cache.slots(positions, valid)
+        layer: Any = cache.layers[0]
+        stored: Any
+        if slots is None:
+            q, k, v = qkv_rope(
+                x, norm, qkv, bias, *angles,
+                n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, eps=config.rms_norm_eps,
+            )  # fmt: skip
+            stored, segments = cache.update(0, k, v, positions, valid)
+        else:
+            cos, sin = angles
+            q, keys, values = qkv_rope_store(
+                x, norm, qkv, bias, cos, sin, layer.keys, layer.values, slots,
+                n_heads=config.n_heads, eps=config.rms_norm_eps,
+            )  # fmt: skip
+            stored = LayerCache(keys, values)
+            segments = cache.segments(stored, valid)
         heads = attend(q, positions, segments)
         return quant_matmul(heads.reshape(*x.shape[:2], -1), self.weight("out"), residual=x), stored
 

@@ -57,9 +57,9 @@ def reference(params, config, tokens, keep):
             return jnp.asarray(seen)[positions][:, :, : key_positions.shape[1]]
 
     class Cache(FullCache):
-        def update(self, *args):
-            stored, (segment,) = super().update(*args)
-            return stored, [segment._replace(visibility=Mask())]
+        def segments(self, *args):
+            (segment,) = super().segments(*args)
+            return [segment._replace(visibility=Mask())]
 
     cache = init_cache(dataclasses.replace(config, cache=CachePolicy(), sliding_window=None), 1, 64)
     masked = Cache(cache.layers, cache.lengths, cache.window)
