@@ -18,7 +18,9 @@ _preferred: ContextVar[str | None] = ContextVar("preferred_implementation", defa
 
 
 def on_hopper() -> bool:
-    """Whether JAX's default device is a GPU of compute capability 9."""
+    """Whether JAX's default device is a GPU of compute capability 9, and this JAX can compile kernels for it."""
+    if jax.version.__version_info__ < (0, 11, 2):
+        return False
     settings: Any = jax.config
     device = settings.jax_default_device or jax.devices()[0]
     if isinstance(device, str):
@@ -52,7 +54,7 @@ def dispatch(
 
     Args:
       op: the op's name, for messages.
-      implementations: name -> function, best first; a function raises NotImplementedError for what it cannot do.
+      implementations: name -> function, the default first; a function raises NotImplementedError for what it cannot do.
       name: the caller's choice. It is never replaced by another.
 
     Raises:
@@ -66,7 +68,7 @@ def dispatch(
     if first is not None and first not in implementations:
         _log.warning("%s has no implementation %r; using the next", op, first)
     able = [i for i in implementations if i == first or i != "mosaic_gpu" or on_hopper()]
-    order = sorted(able, key=lambda candidate: candidate != first)  # stable: the rest stay best first
+    order = sorted(able, key=lambda candidate: candidate != first)  # stable: the rest keep their order
     for candidate in order[:-1]:
         try:
             return implementations[candidate](*args, **kwargs)

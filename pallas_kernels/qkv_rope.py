@@ -41,8 +41,14 @@ def reference(
     eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The op in plain JAX."""
-    qkv = matmul(rms_norm(x, norm, eps), weight, bias)
-    heads = qkv.reshape(*x.shape[:2], n_heads + 2 * n_kv_heads, -1)
+    return split_heads(matmul(rms_norm(x, norm, eps), weight, bias), cos, sin, n_heads, n_kv_heads)
+
+
+def split_heads(
+    qkv: jax.Array, cos: jax.Array, sin: jax.Array, n_heads: int, n_kv_heads: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q, k and v of joined rows [B, T, (N + 2K) H], q and k rotated."""
+    heads = qkv.reshape(*qkv.shape[:2], n_heads + 2 * n_kv_heads, -1)
     q, k, v = jnp.split(heads, [n_heads, n_heads + n_kv_heads], axis=2)
     return rotate(q, cos, sin), rotate(k, cos, sin), v
 
@@ -62,6 +68,13 @@ def store_reference(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`qkv_rope_store` in plain JAX."""
     q, k, v = reference(x, norm, weight, bias, cos, sin, n_heads, keys.shape[1], eps)
+    return q, *store(k, v, keys, values, slots)
+
+
+def store(
+    k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, slots: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """keys and values [B, K, S, H] with k and v [B, T, K, H] in their slots [B, T]."""
     rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
     # Tokens to be dropped go beyond the end, each to a slot of its own, so that all indices are unique.
     beyond = jnp.iinfo(jnp.int32).max - jnp.arange(slots.shape[1], dtype=jnp.int32)[None]
@@ -70,7 +83,7 @@ def store_reference(
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[rows, :, slots].set(new.astype(old.dtype), mode="drop", unique_indices=True)
 
-    return q, put(keys, k), put(values, v)
+    return put(keys, k), put(values, v)
 
 
 def _mosaic_gpu(*args: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -85,8 +98,8 @@ def _store_mosaic_gpu(*args: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     return kernel.qkv_rope_store(*args)
 
 
-IMPLEMENTATIONS = {"mosaic_gpu": _mosaic_gpu, "xla": reference}
-STORE_IMPLEMENTATIONS = {"mosaic_gpu": _store_mosaic_gpu, "xla": store_reference}
+IMPLEMENTATIONS = {"xla": reference, "mosaic_gpu": _mosaic_gpu}
+STORE_IMPLEMENTATIONS = {"xla": store_reference, "mosaic_gpu": _store_mosaic_gpu}
 
 
 def qkv_rope(

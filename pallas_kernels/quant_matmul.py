@@ -71,7 +71,7 @@ def _mosaic_gpu(
     return kernel.quant_matmul(x, weight, bias, residual, out_dtype)
 
 
-IMPLEMENTATIONS = {"mosaic_gpu": _mosaic_gpu, "xla": reference}
+IMPLEMENTATIONS = {"xla": reference, "mosaic_gpu": _mosaic_gpu}
 
 
 def quant_matmul(

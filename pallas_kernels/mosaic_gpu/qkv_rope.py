@@ -1,12 +1,19 @@
-"""RMSNorm, query/key/value projection, rotary embedding and the write to the cache for Hopper, in one kernel."""
+"""RMSNorm, query/key/value projection, rotary embedding and the write to the cache for Hopper, in one kernel.
+
+For many rows the product has a kernel, and XLA's small ones do the rest.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.mosaic_gpu import quant_matmul_large as large
 from pallas_kernels.mosaic_gpu import quant_matmul_skinny as skinny
+from pallas_kernels.mosaic_gpu.quant_matmul import are_few
+from pallas_kernels.qkv_rope import split_heads, store
 from pallas_kernels.quant_matmul import Weight, blocks
+from pallas_kernels.rms_norm import rms_norm
 
 
 def qkv_rope(
@@ -21,6 +28,9 @@ def qkv_rope(
     eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `pallas_kernels.qkv_rope`, for bfloat16 x, weights in int8 blocks, and heads rotated whole."""
+    if not are_few(x):
+        qkv = large.matmul(rms_norm(x, norm, eps), *blocks(weight), bias)
+        return split_heads(qkv, cos, sin, n_heads, n_kv_heads)
     rows, values, scales, cos, sin, config = _arguments(x, weight, cos, sin)
     results = skinny.qkv_rope(rows, norm, values, scales, bias, cos, sin, n_heads, n_kv_heads, eps, config)
     q, k, v = (y.reshape(*x.shape[:2], n, -1) for y, n in zip(results, (n_heads, n_kv_heads, n_kv_heads), strict=True))
@@ -43,12 +53,15 @@ def qkv_rope_store(
     """As `pallas_kernels.qkv_rope_store`, for bfloat16 x, keys and values, weights in int8 blocks."""
     if keys.dtype != jnp.bfloat16 or values.dtype != jnp.bfloat16:
         raise NotImplementedError(f"a cache of {keys.dtype} and {values.dtype}, not bfloat16")
+    if not are_few(x):
+        q, k, v = qkv_rope(x, norm, weight, bias, cos, sin, n_heads, keys.shape[1], eps)
+        return q, *store(k, v, keys, values, slots)
     if keys.size >= 2**31:
         raise NotImplementedError("a cache of 2^31 elements or more a layer")
     rows, w, scales, cos, sin, config = _arguments(x, weight, cos, sin)
-    store = (keys, values, slots.astype(jnp.int32))
+    cache = (keys, values, slots.astype(jnp.int32))
     q, *stored = skinny.qkv_rope(
-        rows, norm, w, scales, bias, cos, sin, n_heads, keys.shape[1], eps, config, store
+        rows, norm, w, scales, bias, cos, sin, n_heads, keys.shape[1], eps, config, cache
     )  # fmt: skip
     return q.reshape(*x.shape[:2], n_heads, -1), stored[0], stored[1]
 
