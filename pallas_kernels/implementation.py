@@ -17,9 +17,12 @@ _log = logging.getLogger(__name__)
 _preferred: ContextVar[str | None] = ContextVar("preferred_implementation", default=None)
 
 
+_KERNELS_NEED = (0, 11, 2)  # of JAX: Mosaic GPU as the kernels use it
+
+
 def on_hopper() -> bool:
     """Whether JAX's default device is a GPU of compute capability 9, and this JAX can compile kernels for it."""
-    if jax.version.__version_info__ < (0, 11, 2):
+    if jax.version.__version_info__ < _KERNELS_NEED:
         return False
     settings: Any = jax.config
     device = settings.jax_default_device or jax.devices()[0]
@@ -63,7 +66,7 @@ def dispatch(
     if name is not None:
         if name not in implementations:
             raise NotImplementedError(f"{op} has no implementation {name!r}; it has {', '.join(implementations)}")
-        return implementations[name](*args, **kwargs)
+        return _run(implementations, name, *args, **kwargs)
     first = preferred()
     if first is not None and first not in implementations:
         _log.warning("%s has no implementation %r; using the next", op, first)
@@ -71,7 +74,14 @@ def dispatch(
     order = sorted(able, key=lambda candidate: candidate != first)  # stable: the rest keep their order
     for candidate in order[:-1]:
         try:
-            return implementations[candidate](*args, **kwargs)
+            return _run(implementations, candidate, *args, **kwargs)
         except NotImplementedError as reason:
             _log.warning("%s: %s cannot run this (%s); using the next implementation", op, candidate, reason)
-    return implementations[order[-1]](*args, **kwargs)
+    return _run(implementations, order[-1], *args, **kwargs)
+
+
+def _run(implementations: Mapping[str, Callable[..., Any]], name: str, *args: Any, **kwargs: Any) -> Any:
+    if name == "mosaic_gpu" and jax.version.__version_info__ < _KERNELS_NEED:
+        needed = ".".join(map(str, _KERNELS_NEED))
+        raise NotImplementedError(f"kernels need jax {needed} or newer, not {jax.__version__}")
+    return implementations[name](*args, **kwargs)

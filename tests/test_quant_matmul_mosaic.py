@@ -90,22 +90,28 @@ def test_search_space_is_valid(out, width, joined):
 # What is refused
 
 
+@lowers
 def test_other_arguments_are_refused_by_name():
     x, (values, scales) = normal(1, 2, 64, dtype=jnp.bfloat16), random_weight(2, 24, 64)
 
     def multiply(x, weight):
         return quant_matmul(x, weight, implementation="mosaic_gpu")
 
+    def few_rows(x, values, scales):
+        return skinny.matmul(
+            x, values, scales, None, None, x.dtype, skinny.choose_config("quant_matmul", x, values, joined=1)
+        )
+
     with pytest.raises(NotImplementedError, match="not int8 blocks"):
         multiply(x, values.astype(jnp.bfloat16))
-    with pytest.raises(NotImplementedError, match=r"float32|0\.11\.2"):
+    with pytest.raises(NotImplementedError, match="float32"):
         multiply(wide(x), (values, scales))
-    with pytest.raises(NotImplementedError, match=r"rows|0\.11\.2"):
-        multiply(jnp.zeros((65, 64), jnp.bfloat16), (values, scales))
-    with pytest.raises(NotImplementedError, match=r"weights \(20, 64\)|0\.11\.2"):
+    with pytest.raises(NotImplementedError, match="65 rows"):
+        few_rows(jnp.zeros((65, 64), jnp.bfloat16), values, scales)
+    with pytest.raises(NotImplementedError, match=r"weights \(20, 64\)"):
         multiply(x, (values[:20], scales[:20]))
-    with pytest.raises(NotImplementedError, match=r"shared memory|0\.11\.2"):
-        multiply(jnp.zeros((32, 8192), jnp.bfloat16), random_weight(2, 8, 8192))
+    with pytest.raises(NotImplementedError, match="shared memory"):
+        few_rows(jnp.zeros((32, 8192), jnp.bfloat16), *random_weight(2, 8, 8192))
     arguments = qkv_arguments((1, 1), 3, 1, 32, 64)
     with pytest.raises(NotImplementedError, match="rotated"):
         partly = (*arguments[:4], arguments[4][..., :8], arguments[5][..., :8])
@@ -120,7 +126,7 @@ def test_other_arguments_are_refused_by_name():
 
 
 @lowers
-@pytest.mark.parametrize("rows", [1, 8, 13])
+@pytest.mark.parametrize("rows", [1, 8])
 def test_lowers(rows):
     x, norm = normal(1, rows, 896, dtype=jnp.bfloat16), normal(2, 896)
     up, down = random_weight(3, 2 * 176, 896), random_weight(4, 896, 176 // 32 * 32)
@@ -164,11 +170,9 @@ def test_qkv_rope_store_writes_where_it_is_told_to():
 
 
 @needs_hopper
-@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16])
+@pytest.mark.parametrize("rows", [1, 2, 8])
 @pytest.mark.parametrize(("out", "width"), [(out, width) for out, width, joined in SHAPES + ODD if joined == 1])
 def test_quant_matmul(rows, out, width):
-    if rows > 8 and width == 8192:
-        pytest.skip("more than shared memory holds")
     x, weight = normal(1, rows, width, dtype=jnp.bfloat16), random_weight(2, out, width)
     bias, residual = normal(3, out), normal(4, rows, out, dtype=jnp.bfloat16)
     x = x.at[0].multiply(jnp.bfloat16(1e4))  # one hot row
@@ -182,11 +186,9 @@ def test_quant_matmul(rows, out, width):
 
 
 @needs_hopper
-@pytest.mark.parametrize("rows", [1, 3, 8, 12])
+@pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize(("width", "units"), [(896, 4864), (3072, 8192), (576, 1536), (96, 32)])
 def test_swiglu(rows, width, units):
-    if rows > 8 and units == 8192:
-        pytest.skip("more than shared memory holds")
     x, norm = normal(1, rows, width, dtype=jnp.bfloat16), 1 + normal(2, width, std=0.1)
     up, down = random_weight(3, 2 * units, width), random_weight(4, width, units)
     y = same_twice(jax.jit(lambda *args: swiglu(*args, eps=1e-6, implementation="mosaic_gpu")), x, norm, up, down)
@@ -195,7 +197,7 @@ def test_swiglu(rows, width, units):
 
 
 @needs_hopper
-@pytest.mark.parametrize("rows", [(1, 1), (8, 1), (3, 4)])
+@pytest.mark.parametrize("rows", [(1, 1), (8, 1), (2, 4)])
 @pytest.mark.parametrize(("n", "k", "h", "width"), HEADS)
 def test_qkv_rope(rows, n, k, h, width):
     arguments = qkv_arguments(rows, n, k, h, width)

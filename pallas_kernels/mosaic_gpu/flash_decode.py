@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import LaunchContext, utils
+from jax.experimental.mosaic.gpu import LaunchContext
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
@@ -125,8 +125,6 @@ def flash_decode(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """As `pallas_kernels.flash_decode`, for bfloat16 queries and H a multiple of 32 up to 128."""
     heads, width = q.shape[2:]
-    if not hasattr(utils, "inline_ptx"):
-        raise NotImplementedError("a JAX older than 0.11.2")
     if q.dtype != jnp.bfloat16:
         raise NotImplementedError(f"queries of {q.dtype}, not bfloat16")
     int8 = isinstance(k, tuple)

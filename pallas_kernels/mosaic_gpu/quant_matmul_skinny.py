@@ -459,8 +459,6 @@ def _call(
       extra: more arrays or references for the epilogue, by name; None if there is none.
       outs: the results' width and dtype, by name.
     """
-    if _inline_ptx is None:
-        raise NotImplementedError(f"jax {jax.__version__}; 0.11.2 or newer")
     m, width = x.shape
     if x.dtype != jnp.bfloat16 or scales.dtype != jnp.float16:
         raise NotImplementedError(f"rows of {x.dtype} and scales of {scales.dtype}")
