@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from orcd_jax import single_row
 from orcd_jax.cache import KVCache, init_cache
 from orcd_jax.config import ModelConfig
 from orcd_jax.loader import Params
 from orcd_jax.model import Decoder
 from orcd_jax.sampling import Sampling, penalize, sample
 from pallas_kernels import top_k
+from pallas_kernels.decode_step import Handover
 
 NO_TOKEN = -1  # emitted by a row that has ended
 NOT_FINITE = -2  # emitted by a row whose logits are not finite; it ends there
@@ -226,16 +228,28 @@ def decode(
 ) -> tuple[DecodeState, Emitted]:
     """Decode `steps` tokens a row with the cache as carried state.
 
+    Parameters from `single_row.pack` are used by its kernel where that can be.
+
     Returns:
       The state, and what the steps emitted, each array [steps, B, ...].
     """
 
-    def step(state: DecodeState, _: None) -> tuple[DecodeState, Emitted]:
-        counts = (state.remaining > 0).astype(jnp.int32)  # a row that has ended writes nothing
-        hidden, cache = hidden_states(params, config, state.tokens[:, None], state.cache, counts)
-        return emit(params, config, replace(state, cache=cache), hidden[:, 0], top_logprobs)
+    Carry = tuple[DecodeState, Handover | None]
 
-    return lax.scan(step, state, None, length=steps)
+    def step(carry: Carry, _: None) -> tuple[Carry, Emitted]:
+        state, handover = carry
+        counts = (state.remaining > 0).astype(jnp.int32)  # a row that has ended writes nothing
+        if handover is None:
+            hidden, cache = hidden_states(params, config, state.tokens[:, None], state.cache, counts)
+            logits = head(params, config, hidden[:, 0])
+        else:
+            logits, cache, handover = single_row.step(params, config, state.tokens, state.cache, counts, handover)
+        with jax.named_scope("sampling"):
+            state, emitted = _emit(config, replace(state, cache=cache), logits, top_logprobs)
+        return (state, handover), emitted
+
+    (state, _), emitted = lax.scan(step, (state, single_row.begin(params, config, state.cache)), None, length=steps)
+    return state, emitted
 
 
 @partial(jax.jit, static_argnames=("config", "max_new_tokens"))

@@ -116,9 +116,9 @@ class Decoder(_Module):
         positions = cache.lengths[:, None] + offsets
         valid = offsets < counts[:, None]
         with jax.named_scope("embedding"):
-            x = self._embed(tokens)
+            x = self.embed(tokens)
         with jax.named_scope("rope"):
-            angles = _rope_angles(config, positions)
+            angles = rope_angles(config, positions)
         layers = []
         for layer in range(config.n_layers):
             with jax.named_scope(f"layer_{layer}"):
@@ -130,7 +130,7 @@ class Decoder(_Module):
             hidden = rms_norm(x, self.weight("norm"), config.rms_norm_eps)
         return hidden, cache.advance(layers, counts)
 
-    def _embed(self, tokens: jax.Array) -> jax.Array:
+    def embed(self, tokens: jax.Array) -> jax.Array:
         table, dtype = self.weight("embedding"), self.config.activation_dtype
         if isinstance(table, QuantizedArray):
             return dequantize(QuantizedArray(table.values[tokens], table.scales[tokens]), dtype)
@@ -143,7 +143,7 @@ class Decoder(_Module):
             return quant_matmul(hidden, weight, out_dtype=jnp.float32)
 
 
-def _rope_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin of each position's angles, float32 [B, T, R / 2]."""
     angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(config.rope_frequencies())[None, None]
     return jnp.cos(angles) * config.rope_magnitude, jnp.sin(angles) * config.rope_magnitude

@@ -7,6 +7,7 @@ On Hopper, prefill attention runs on its kernel. The other kernels were right on
 there inside a whole model yet: they run where `with use("mosaic_gpu"):` asks for them.
 """
 
+from pallas_kernels.decode_step import decode_step
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_decode import flash_decode
 from pallas_kernels.implementation import preferred, use
@@ -17,6 +18,7 @@ from pallas_kernels.swiglu import swiglu
 from pallas_kernels.top_k import top_k
 
 __all__ = [
+    "decode_step",
     "flash_attention",
     "flash_decode",
     "preferred",

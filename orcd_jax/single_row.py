@@ -1,0 +1,110 @@
+"""Decoding one row by one op a step, `pallas_kernels.decode_step`, where its kernel runs.
+
+It reads a copy of the weights in an order of its own, which `pack` adds to the parameters under `PACKED`. Nothing
+packs by itself: `decode` takes this way for parameters that were packed, and a cache that it can serve.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from orcd_jax.cache import FullCache, KVCache, LayerCache
+from orcd_jax.config import ModelConfig
+from orcd_jax.loader import Params
+from orcd_jax.model import Decoder, rope_angles
+from orcd_jax.quantize import QuantizedArray
+from pallas_kernels import decode_step
+from pallas_kernels.decode_step import DecoderSizes, Handover, LayerWeights, PackedWeights, check, init_handover
+from pallas_kernels.decode_step import pack as pack_weights
+from pallas_kernels.implementation import on_hopper
+
+PACKED = "packed"
+_MATRICES = (("attention", "qkv"), ("attention", "out"), ("swiglu", "gate_up"), ("swiglu", "down"))
+
+
+def sizes(config: ModelConfig) -> DecoderSizes:
+    """The op's sizes."""
+    return DecoderSizes(
+        config.n_layers, config.d_model, config.d_ff, config.n_heads, config.n_kv_heads, config.head_dim,
+        config.vocab_size, config.rms_norm_eps, config.sliding_window,
+    )  # fmt: skip
+
+
+def pack(params: Params, config: ModelConfig) -> Params:
+    """The parameters with packed weights too, or as they are where the kernel cannot run or take them."""
+    matrices = [params["embedding" if config.tied_head else "head"]]
+    matrices += [params[f"layer_{i}"][m][k] for i in range(config.n_layers) for m, k in _MATRICES]
+    if not on_hopper() or not all(isinstance(matrix, QuantizedArray) for matrix in matrices):
+        return params
+    try:
+        check(sizes(config))
+    except NotImplementedError:
+        return params
+    return {**params, PACKED: _packed(params, config)}
+
+
+def _packed(params: Params, config: ModelConfig) -> PackedWeights:
+    layers = []
+    for index in range(config.n_layers):
+        attention, swiglu = params[f"layer_{index}"]["attention"], params[f"layer_{index}"]["swiglu"]
+        layers.append(
+            LayerWeights(
+                attention["norm"], attention["qkv"], attention.get("qkv_bias"), attention["out"],
+                swiglu["norm"], swiglu["gate_up"], swiglu["down"],
+            )
+        )  # fmt: skip
+    return pack_weights(sizes(config), layers, params["norm"], params["embedding" if config.tied_head else "head"])
+
+
+def begin(params: Params, config: ModelConfig, cache: KVCache) -> Handover | None:
+    """What the first `step` takes; None where steps must be run op by op."""
+    plain = isinstance(cache, FullCache) and cache.lengths.shape[0] == 1 and not config.cache.int8
+    rotated = 2 * len(config.rope_frequencies()) == config.head_dim
+    if PACKED not in params or not plain or not rotated or config.activation_dtype != jnp.bfloat16:
+        return None
+    return init_handover(sizes(config))
+
+
+def step(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    cache: KVCache,
+    counts: jax.Array,
+    handover: Handover,
+    implementation: str = "mosaic_gpu",
+) -> tuple[jax.Array, KVCache, Handover]:
+    """Run one token a row.
+
+    Args:
+      params: from `pack`.
+      config: static.
+      tokens: int32 [1].
+      cache: what came before.
+      counts: int32 [1], 1, or 0 for a row that has ended: what is stored for it is never seen.
+      handover: from `begin` or the step before.
+      implementation: the op's.
+
+    Returns:
+      Logits, float32 [1, V], the cache with the token, and the handover for the next step.
+    """
+    old: Any = cache.layers
+    model = Decoder(config)
+    x: Any = model.apply({"params": params}, tokens, method="embed")
+    cos, sin = (angle[:, 0] for angle in rope_angles(config, cache.lengths[:, None]))
+    logits, layers, handover = decode_step(
+        x,
+        cache.lengths,
+        cos,
+        sin,
+        params[PACKED],
+        old,
+        handover,
+        sizes=sizes(config),
+        implementation=implementation,
+    )
+    new: Any = [LayerCache(*layer) for layer in layers]
+    return logits, cache.advance(new, counts), handover

@@ -1,0 +1,290 @@
+"""A decode step of one row as one op: all layers, the final norm and the head.
+
+    for each layer:  x += Wo attention(rope(rms_norm(x) Wqkv^T + b), cache);  x += swiglu(rms_norm(x))
+    logits = rms_norm(x) Whead^T
+
+The maths of a layer are those of `qkv_rope`, `flash_attention`, `quant_matmul` and `swiglu`. One op for all of them
+lets a kernel read weights without a pause: the time of a step at batch 1 is that of reading them once.
+
+Weights are packed when they are loaded, in the order in which the kernel streams them: `pack`. Dimensions as in the
+package, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.flash_attention import Visibility
+from pallas_kernels.flash_attention import reference as attention
+from pallas_kernels.implementation import dispatch
+from pallas_kernels.qkv_rope import reference as qkv_rope
+from pallas_kernels.quant_matmul import reference as matmul
+from pallas_kernels.rms_norm import rms_norm
+from pallas_kernels.swiglu import reference as swiglu
+
+GROUP_ROWS, GROUP_INPUTS = 16, 128
+GROUP_BYTES = GROUP_ROWS * GROUP_INPUTS * 17 // 16
+COPIES = 4  # of what many blocks read, so that they wait for different memory
+CHUNKS = 4  # the most that a head's keys are split into
+DOWN_SPLIT = 2  # parts of the inputs of the down projection
+
+
+@dataclass(frozen=True)
+class DecoderSizes:
+    """A decoder's static sizes."""
+
+    n_layers: int
+    d_model: int
+    d_ff: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    eps: float
+    window: int | None
+
+    @property
+    def qkv_rows(self) -> int:
+        return (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """[out, in] of a layer's q|k|v, output, gate|up and down."""
+        return (
+            (self.qkv_rows, self.d_model), (self.d_model, self.n_heads * self.head_dim),
+            (2 * self.d_ff, self.d_model), (self.d_model, self.d_ff),
+        )  # fmt: skip
+
+    def row_orders(self) -> tuple[np.ndarray, ...]:
+        """In which order the rows of `matrices` are packed, so that a tile of 16 has in rows i and i + 8 what goes
+        together: the halves of rotary pairs, and gate and up."""
+
+        def eights(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+            return np.concatenate([first.reshape(-1, 8), second.reshape(-1, 8)], axis=1).ravel()
+
+        half = np.arange(self.head_dim // 2)
+        rotated = np.arange(self.n_heads + self.n_kv_heads)[:, None] * self.head_dim
+        q_k = (rotated + eights(half, half + len(half))).ravel()
+        gate, plain = np.arange(self.d_ff), np.arange(self.d_model)
+        qkv = np.concatenate([q_k, np.arange(len(q_k), self.qkv_rows)])
+        return qkv, plain, eights(gate, gate + self.d_ff), plain
+
+
+class LayerWeights(NamedTuple):
+    """A layer as it is loaded: matrices as (int8 values [out, in], float16 scales [out, in / 32])."""
+
+    attention_norm: jax.Array  # [D]
+    qkv: tuple[jax.Array, jax.Array]
+    qkv_bias: jax.Array | None
+    out: tuple[jax.Array, jax.Array]
+    swiglu_norm: jax.Array  # [D]
+    gate_up: tuple[jax.Array, jax.Array]
+    down: tuple[jax.Array, jax.Array]
+
+
+class PackedWeights(NamedTuple):
+    """All weights of a decoder in the order of use."""
+
+    layers: jax.Array  # int8 [L, groups, GROUP_BYTES]: the groups of q|k|v, output, gate|up, down
+    vectors: jax.Array  # float32 [L, 2 D + (N + 2 K) H]: the two norms' scales, and the bias of q|k|v
+    norm: jax.Array  # float32 [D]
+    head: jax.Array  # int8 [groups, GROUP_BYTES]
+
+
+class HandoverWords(NamedTuple):
+    """Where the words are that the stages of a layer hand on, and their number."""
+
+    qkv: int
+    attention: int  # [CHUNKS, N, H / 2 + 2]: outputs in pairs, the logarithm of their weight, and nothing
+    out: int
+    hidden: int  # in pairs
+    down: int  # two parts, to be summed
+    total: int
+
+    @classmethod
+    def of(cls, sizes: DecoderSizes) -> HandoverWords:
+        attention = CHUNKS * sizes.n_heads * (sizes.head_dim // 2 + 2)
+        counts = sizes.qkv_rows, attention, sizes.d_model, sizes.d_ff // 2, DOWN_SPLIT * sizes.d_model
+        return cls(*(sum(counts[:i]) for i in range(len(counts) + 1)))
+
+
+class Handover(NamedTuple):
+    """What a kernel's blocks hand each other results through; it goes from step to step."""
+
+    words: jax.Array  # int32 [2, COPIES, words, 2]: for even and for odd layers, of a value and a tag
+    step: jax.Array  # int32 [1]
+
+
+def check(sizes: DecoderSizes) -> None:
+    """Raise NotImplementedError for a decoder whose weights cannot be packed."""
+    for name, value, multiple in (
+        ("d_model", sizes.d_model, GROUP_INPUTS),
+        ("d_ff", sizes.d_ff, 2 * GROUP_INPUTS),
+        ("n_heads * head_dim", sizes.n_heads * sizes.head_dim, GROUP_INPUTS),
+        ("head_dim", sizes.head_dim, 32),
+        ("vocab_size", sizes.vocab_size, GROUP_ROWS),
+    ):
+        if value % multiple:
+            raise NotImplementedError(f"{name} must be a multiple of {multiple}, not {value}")
+
+
+def pack(
+    sizes: DecoderSizes, layers: Sequence[LayerWeights], norm: jax.Array, head: tuple[jax.Array, jax.Array]
+) -> PackedWeights:
+    """Copy a decoder's weights into the order of use.
+
+    Args:
+      sizes: the decoder's.
+      layers: its layers.
+      norm: [D], the final norm's scale.
+      head: (values [V, D], scales).
+
+    Raises:
+      NotImplementedError: for sizes that do not fit the groups.
+    """
+    check(sizes)
+    bias = jnp.zeros(sizes.qkv_rows)
+
+    def vector(layer: LayerWeights) -> jax.Array:
+        parts = layer.attention_norm, layer.swiglu_norm, bias if layer.qkv_bias is None else layer.qkv_bias
+        return jnp.concatenate([part.astype(jnp.float32) for part in parts])
+
+    packed = [_pack_layer(sizes, layer) for layer in layers]
+    return PackedWeights(
+        jnp.stack(packed),
+        jnp.stack([vector(layer) for layer in layers]),
+        norm.astype(jnp.float32),
+        _pack_plain(*head),
+    )
+
+
+def pack_matrix(values: jax.Array, scales: jax.Array, rows: np.ndarray) -> jax.Array:
+    """A matrix as groups, int8 [out / 16 * in / 128, GROUP_BYTES], all groups of 16 rows one after the other.
+
+    A group is, for each block of 32 inputs, 16 bytes for each lane: 8 inputs of row lane / 4, and of the row 8 below
+    it, each weight plus 128; then the rows' scales, pairs 8 rows apart, of the four blocks.
+    """
+    tiles, groups = len(rows) // GROUP_ROWS, values.shape[1] // GROUP_INPUTS
+    v = (values[rows].reshape(tiles, 2, 8, groups, 4, 4, 8) ^ np.int8(-128)).transpose(0, 3, 4, 2, 5, 1, 6)
+    s = scales[rows].reshape(tiles, 2, 8, groups, 4).transpose(0, 3, 2, 4, 1)
+    s = lax.bitcast_convert_type(s, jnp.int8).reshape(tiles * groups, -1)
+    return jnp.concatenate([v.reshape(tiles * groups, -1), s], axis=1)
+
+
+def unpack_matrix(packed: jax.Array, rows: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """What `pack_matrix` was given: values and scales."""
+    tiles = len(rows) // GROUP_ROWS
+    groups = packed.shape[0] // tiles
+    split, back = GROUP_ROWS * GROUP_INPUTS, np.argsort(rows)
+    v = (packed[:, :split].reshape(tiles, groups, 4, 8, 4, 2, 8) ^ np.int8(-128)).transpose(0, 5, 3, 1, 2, 4, 6)
+    s = lax.bitcast_convert_type(packed[:, split:].reshape(tiles, groups, 8, 4, 2, 2), jnp.float16)
+    s = s.transpose(0, 4, 2, 1, 3)
+    return v.reshape(len(rows), -1)[back], s.reshape(len(rows), -1)[back]
+
+
+@jax.jit
+def _pack_plain(values: jax.Array, scales: jax.Array) -> jax.Array:
+    return pack_matrix(values, scales, np.arange(values.shape[0]))
+
+
+@jax.jit(static_argnums=0)
+def _pack_layer(sizes: DecoderSizes, layer: LayerWeights) -> jax.Array:
+    matrices = layer.qkv, layer.out, layer.gate_up, layer.down
+    return jnp.concatenate([pack_matrix(*m, o) for m, o in zip(matrices, sizes.row_orders(), strict=True)])
+
+
+def init_handover(sizes: DecoderSizes) -> Handover:
+    """For the first of a sequence of steps; what the steps of another one left is not read."""
+    return Handover(jnp.zeros((2, COPIES, HandoverWords.of(sizes).total, 2), jnp.int32), jnp.zeros(1, jnp.int32))
+
+
+def reference(
+    x: jax.Array,
+    positions: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    weights: PackedWeights,
+    caches: Sequence[tuple[jax.Array, jax.Array]],
+    handover: Handover,
+    sizes: DecoderSizes,
+) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]], Handover]:
+    """The op in plain JAX."""
+    x, new = x[:, None], []
+    visibility = Visibility(window=sizes.window)
+    for layer, (keys, values) in enumerate(caches):
+        vectors = jnp.split(weights.vectors[layer], [sizes.d_model, 2 * sizes.d_model])
+        ends = np.cumsum([rows * width // (GROUP_ROWS * GROUP_INPUTS) for rows, width in sizes.matrices()])
+        parts = jnp.split(weights.layers[layer], ends[:-1])
+        qkv, out, gate_up, down = (unpack_matrix(p, o) for p, o in zip(parts, sizes.row_orders(), strict=True))
+        q, k, v = qkv_rope(
+            x, vectors[0], qkv, vectors[2], cos[:, None], sin[:, None], sizes.n_heads, sizes.n_kv_heads, sizes.eps
+        )
+        rows = jnp.arange(x.shape[0], dtype=jnp.int32)
+        keys = keys.at[rows, :, positions].set(k[:, 0].astype(keys.dtype), mode="drop")
+        values = values.at[rows, :, positions].set(v[:, 0].astype(values.dtype), mode="drop")
+        new.append((keys, values))
+        slots = jnp.arange(keys.shape[2], dtype=jnp.int32)[None]
+        heads: Any = attention(q, keys, values, positions[:, None], slots, visibility)
+        x = matmul(heads.reshape(*x.shape[:2], -1), out, residual=x)
+        x = swiglu(x, vectors[1], gate_up, down, sizes.eps)
+    hidden = rms_norm(x, weights.norm, sizes.eps)
+    head = unpack_matrix(weights.head, np.arange(sizes.vocab_size))
+    logits = matmul(hidden, head, out_dtype=jnp.float32)[:, 0]
+    return logits, new, handover._replace(step=handover.step + 1)
+
+
+def _mosaic_gpu(
+    x: jax.Array,
+    positions: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    weights: PackedWeights,
+    caches: Sequence[tuple[jax.Array, jax.Array]],
+    handover: Handover,
+    sizes: DecoderSizes,
+) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]], Handover]:
+    from pallas_kernels.mosaic_gpu.decode_step import decode_step
+
+    return decode_step(x, positions, cos, sin, weights, caches, handover, sizes)
+
+
+# The kernel has run on a GPU as its log in bench says, but not yet in a whole program: it is there for the asking.
+IMPLEMENTATIONS = {"xla": reference, "mosaic_gpu": _mosaic_gpu}
+
+
+def decode_step(
+    x: jax.Array,
+    positions: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    weights: PackedWeights,
+    caches: Sequence[tuple[jax.Array, jax.Array]],
+    handover: Handover,
+    *,
+    sizes: DecoderSizes,
+    implementation: str | None = None,
+) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]], Handover]:
+    """Run one token through a decoder.
+
+    Args:
+      x: [B, D], the token's embedding, bfloat16.
+      positions: int32 [B], tokens that are in the cache; the new one is stored behind them, or nowhere if it is full.
+      cos, sin: float32 [B, H / 2], of the positions' angles.
+      weights: from `pack`.
+      caches: each layer's keys and values, [B, K, S, H].
+      handover: from `init_handover` or the step before; steps that share it run one after the other.
+      sizes: the decoder's, static.
+      implementation: "mosaic_gpu", "xla", or None for "xla".
+
+    Returns:
+      Logits, float32 [B, V], the caches with the new token, and the handover for the next step.
+    """
+    return dispatch(
+        "decode_step", IMPLEMENTATIONS, implementation, x, positions, cos, sin, weights, caches, handover, sizes
+    )

@@ -1,0 +1,314 @@
+"""A decode step as one op: how weights are packed, the reference, decoding by it, and on a GPU the kernel."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import simt
+from jax.experimental.mosaic import gpu as mosaic
+
+from orcd_jax import decoding, single_row
+from orcd_jax.config import ModelConfig
+from orcd_jax.loader import random_params
+from orcd_jax.sampling import Sampling, row_keys
+from pallas_kernels import decode_step
+from pallas_kernels.decode_step import (
+    GROUP_INPUTS,
+    GROUP_ROWS,
+    DecoderSizes,
+    LayerWeights,
+    check,
+    init_handover,
+    pack,
+    pack_matrix,
+    unpack_matrix,
+)  # fmt: skip
+from pallas_kernels.implementation import on_hopper
+
+SIZES = DecoderSizes(
+    n_layers=2, d_model=256, d_ff=256, n_heads=4, n_kv_heads=2, head_dim=64, vocab_size=160, eps=1e-6, window=None
+)
+CONFIG = ModelConfig(
+    name="packable", architecture="qwen2", vocab_size=160, known_tokens=160, d_model=128, n_layers=2, n_heads=2,
+    n_kv_heads=1, head_dim=64, d_ff=256, context_length=64, rope_theta=10000.0, rms_norm_eps=1e-6, qkv_bias=True,
+    tied_head=True, dtype="bfloat16",
+)  # fmt: skip
+
+
+def random_matrix(rng, rows, width):
+    values = rng.integers(-128, 128, (rows, width), np.int8)
+    return values, (rng.uniform(0.5, 1.5, (rows, width // 32)) * (3 / width) ** 0.5 / 127).astype(np.float16)
+
+
+def exact(matrix):
+    values, scales = (np.asarray(part).astype(np.float64) for part in matrix)
+    return values * np.repeat(scales, 32, axis=1)
+
+
+def random_decoder(sizes, seed=0):
+    """Layers, the final norm and a head, NumPy arrays."""
+    rng = np.random.default_rng(seed)
+    layers = []
+    for _ in range(sizes.n_layers):
+        qkv, out, gate_up, down = (random_matrix(rng, *shape) for shape in sizes.matrices())
+        norms = 1 + 0.1 * rng.standard_normal((2, sizes.d_model)).astype(np.float32)
+        bias = rng.standard_normal(sizes.qkv_rows).astype(np.float32)
+        layers.append(LayerWeights(norms[0], qkv, bias, out, norms[1], gate_up, down))
+    norm = 1 + 0.1 * rng.standard_normal(sizes.d_model).astype(np.float32)
+    return layers, norm, random_matrix(rng, sizes.vocab_size, sizes.d_model)
+
+
+def step_in_float64(sizes, x, position, angles, layers, norm, head, caches):
+    """The op by itself: logits, and the new token's keys and values of each layer."""
+
+    def normal(x, scale):
+        return x / np.sqrt(np.mean(x * x) + sizes.eps) * scale
+
+    cos, sin = np.cos(angles), np.sin(angles)
+    groups, new = sizes.n_heads // sizes.n_kv_heads, []
+    for layer, (keys, values) in zip(layers, caches, strict=True):
+        qkv = exact(layer.qkv) @ normal(x, layer.attention_norm) + layer.qkv_bias
+        heads = qkv.reshape(-1, sizes.head_dim)
+        rotated = heads[: sizes.n_heads + sizes.n_kv_heads]
+        first, second = np.split(rotated, 2, axis=1)
+        rotated = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)
+        q, k, v = rotated[: sizes.n_heads], rotated[sizes.n_heads :], heads[len(rotated) :]
+        new.append((k, v))
+        first_seen = 0 if sizes.window is None else max(0, position - sizes.window + 1)
+        outputs = []
+        for n in range(sizes.n_heads):
+            own = n // groups
+            seen_k = np.concatenate([keys[own, first_seen:position], k[own][None]])
+            seen_v = np.concatenate([values[own, first_seen:position], v[own][None]])
+            scores = seen_k @ q[n] / np.sqrt(sizes.head_dim)
+            weights = np.exp(scores - scores.max())
+            outputs.append(weights @ seen_v / weights.sum())
+        x = x + exact(layer.out) @ np.concatenate(outputs)
+        gate, up = np.split(exact(layer.gate_up) @ normal(x, layer.swiglu_norm), 2)
+        x = x + exact(layer.down) @ (gate / (1 + np.exp(-gate)) * up)
+    return exact(head) @ normal(x, norm), new
+
+
+def run_both(sizes, position, length, implementation, dtype, seed=0, jit=True):
+    """The op's logits, caches and handover, twice, and what is right in float64."""
+    rng = np.random.default_rng(seed)
+    layers, norm, head = random_decoder(sizes, seed)
+    x = jnp.asarray(rng.standard_normal((1, sizes.d_model)), dtype)
+    shape = 1, sizes.n_kv_heads, length, sizes.head_dim
+    seen = np.arange(length)[:, None] < position
+    filled = [[jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(2)] for _ in layers]
+    # What has not been stored is not to be looked at; the reference multiplies it by zero.
+    unknown = np.nan if implementation == "mosaic_gpu" else 100.0
+    caches = [tuple(jnp.where(seen, part, jnp.asarray(unknown, dtype)) for part in pair) for pair in filled]
+    angles = rng.uniform(0, 6, sizes.head_dim // 2).astype(np.float32)
+    packed = pack(sizes, jax.tree.map(jnp.asarray, layers), jnp.asarray(norm), jax.tree.map(jnp.asarray, head))
+
+    def run(handover):
+        return decode_step(
+            x, jnp.full(1, position, jnp.int32), jnp.cos(angles)[None], jnp.sin(angles)[None], packed, caches, handover,
+            sizes=sizes, implementation=implementation,
+        )  # fmt: skip
+
+    if jit:
+        run = jax.jit(run)
+    logits, new, handover = run(init_handover(sizes))
+    again, _, _ = run(handover)
+    old = [tuple(np.asarray(part[0], np.float64) for part in pair) for pair in filled]
+    expected = step_in_float64(sizes, np.asarray(x[0], np.float64), position, angles, layers, norm, head, old)
+    return logits, again, new, expected
+
+
+def relative_error(actual, expected):
+    return np.linalg.norm(np.asarray(actual, np.float64) - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("matrix", range(4))
+def test_unpacking_undoes_packing(matrix):
+    rows, width = SIZES.matrices()[matrix]
+    original = random_matrix(np.random.default_rng(matrix), rows, width)
+    order = SIZES.row_orders()[matrix]
+    assert sorted(order) == list(range(rows))
+    values, scales = unpack_matrix(pack_matrix(*map(jnp.asarray, original), order), order)
+    assert np.array_equal(values, original[0])
+    assert np.array_equal(scales, original[1])
+
+
+def test_a_warp_finds_its_operands_in_a_group():
+    """The product as the kernel's lanes form it from a group's bytes."""
+    rng = np.random.default_rng(1)
+    matrix, x = random_matrix(rng, GROUP_ROWS, GROUP_INPUTS), rng.standard_normal(GROUP_INPUTS)
+    (group,) = np.asarray(pack_matrix(*map(jnp.asarray, matrix), np.arange(GROUP_ROWS)))
+    result = np.zeros(GROUP_ROWS)
+    for block in range(4):
+        for lane in range(32):
+            row, quad = divmod(lane, 4)
+            start = 512 * block + 16 * lane
+            weights = group[start : start + 16].view(np.uint8).astype(np.float64) - 128
+            place = GROUP_ROWS * GROUP_INPUTS + 16 * row + 4 * block
+            scales = group[place : place + 4].view(np.float16).astype(np.float64)
+            inputs = x[32 * block + 8 * quad :][:8]
+            result[row] += scales[0] * (weights[:8] @ inputs)
+            result[row + 8] += scales[1] * (weights[8:] @ inputs)
+    np.testing.assert_allclose(result, exact(matrix) @ x, rtol=1e-12, atol=1e-12)
+
+
+def test_what_belongs_together_is_8_rows_apart_in_a_tile():
+    qkv, _, gate_up, _ = (order.reshape(-1, 2, 8) for order in SIZES.row_orders())
+    rotated = (SIZES.n_heads + SIZES.n_kv_heads) * SIZES.head_dim // GROUP_ROWS
+    assert np.all(qkv[:rotated, 1] - qkv[:rotated, 0] == SIZES.head_dim // 2)
+    assert np.all(gate_up[:, 1] - gate_up[:, 0] == SIZES.d_ff)
+
+
+@pytest.mark.parametrize("position", [0, 5, 20])
+@pytest.mark.parametrize("window", [None, 7])
+def test_the_reference_is_right(position, window):
+    sizes = replace(SIZES, window=window)
+    logits, again, new, (expected, expected_new) = run_both(sizes, position, 24, "xla", jnp.float32)
+    assert np.array_equal(logits, again)
+    # Some 20 roundings in a row, each of float32, at sums of 256 terms.
+    assert relative_error(logits[0], expected) < 20 * 16 * np.finfo(np.float32).eps
+    for pair, right in zip(new, expected_new, strict=True):
+        for cache, row in zip(pair, right, strict=True):
+            assert relative_error(cache[0, :, position], row) < 20 * 16 * np.finfo(np.float32).eps
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d_model": 192}, "d_model must be a multiple of 128, not 192"),
+        ({"d_ff": 384}, "d_ff must be a multiple of 256, not 384"),
+        ({"head_dim": 48, "n_heads": 8}, "head_dim must be a multiple of 32, not 48"),
+        ({"vocab_size": 100}, "vocab_size must be a multiple of 16, not 100"),
+    ],
+)
+def test_sizes_that_cannot_be_packed(changes, message):
+    with pytest.raises(NotImplementedError, match=message):
+        check(replace(SIZES, **changes))
+
+
+@partial(jax.jit, static_argnums=1)
+def start(params, config):
+    """A row in the middle of generation, after a prompt of five tokens and one more."""
+    state = decoding.init_state(
+        config, jnp.full(1, 12, jnp.int32), row_keys([3]), jnp.full((1, 16), -1, jnp.int32),
+        Sampling(temperature=0.0).rows(1), 32,
+    )  # fmt: skip
+    hidden = jnp.zeros((1, config.d_model), config.activation_dtype)
+    prompt = jnp.asarray([[5, 17, 100, 3, 9]], jnp.int32)
+    state, hidden = decoding.prefill(params, config, state, hidden, prompt, jnp.full(1, 5, jnp.int32))
+    return decoding.emit(params, config, state, hidden)[0]
+
+
+def test_decoding_by_the_op_gives_the_same_tokens(monkeypatch):
+    params = random_params(CONFIG, "int8", jax.devices()[0])
+    monkeypatch.setattr(single_row, "on_hopper", lambda: True)
+    monkeypatch.setattr(single_row, "step", partial(single_row.step, implementation="xla"))
+    packed = single_row.pack(params, CONFIG)
+    assert single_row.PACKED in packed
+    decode = jax.jit(decoding.decode, static_argnums=(1, 3))
+    plain_state, plain = decode(params, CONFIG, start(params, CONFIG), 12)
+    state, emitted = decode(packed, CONFIG, start(params, CONFIG), 12)
+    assert np.array_equal(emitted.tokens, plain.tokens)
+    assert np.array_equal(emitted.tokens[-1], [decoding.NO_TOKEN])  # a row that ends goes on without effect
+    assert np.array_equal(state.cache.lengths, plain_state.cache.lengths)
+    length = int(state.cache.lengths[0])
+    for ours, theirs in zip(
+        jax.tree.leaves(state.cache.layers), jax.tree.leaves(plain_state.cache.layers), strict=True
+    ):
+        ours, theirs = (np.asarray(cache, np.float64)[:, :, :length] for cache in (ours, theirs))
+        assert relative_error(ours, theirs) < float(jnp.finfo(jnp.bfloat16).eps)
+
+
+def test_where_the_op_is_not_used(monkeypatch):
+    params = random_params(CONFIG, "int8", jax.devices()[0])
+    if not on_hopper():
+        assert single_row.pack(params, CONFIG) is params
+    monkeypatch.setattr(single_row, "on_hopper", lambda: True)
+    bf16 = random_params(CONFIG, "bf16", jax.devices()[0])
+    assert single_row.pack(bf16, CONFIG) is bf16
+    packed = single_row.pack(params, CONFIG)
+    cache = decoding.init_cache(CONFIG, 1, 16)
+    assert single_row.begin(params, CONFIG, cache) is None
+    assert single_row.begin(packed, CONFIG, cache) is not None
+    assert single_row.begin(packed, CONFIG, decoding.init_cache(CONFIG, 2, 16)) is None
+    assert single_row.begin(packed, replace(CONFIG, dtype="float32"), cache) is None
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """Lets the kernel's code for each thread be run by `simt` in place of a GPU, on a few blocks.
+
+    Threads there wait for nothing, so the ring must hold all that a block streams.
+    """
+    kernels = pytest.importorskip("pallas_kernels.mosaic_gpu.decode_step", reason="needs Pallas for Mosaic GPU")
+    if not hasattr(mosaic.utils, "inline_ptx"):
+        pytest.skip("needs jax 0.11.2 or newer, whose Mosaic GPU can inline PTX")
+    config = kernels.Config(blocks=8, teams=2)
+
+    def kernel(body, *, out_type, scratch_types, grid, num_threads, **_):
+        (shared,) = scratch_types
+
+        def run(*operands):
+            refs = [o if isinstance(o, jax.Ref) else None for o in operands]
+            arrays = [np.asarray(o if r is None else r[...]) for o, r in zip(operands, refs, strict=True)]
+            result = np.full(out_type.shape, np.nan, out_type.dtype)
+            *memory, result = simt.run(
+                lambda _, *at: body(*at), [*arrays, result], shared.shape, *grid, 128 * num_threads, cluster=1
+            )
+            for ref, changed in zip(refs, memory, strict=True):
+                if ref is not None:
+                    ref[...] = jnp.asarray(changed)
+            return jnp.asarray(result)
+
+        return run
+
+    monkeypatch.setattr(kernels.plgpu, "kernel", kernel)
+    monkeypatch.setattr(kernels.plgpu, "inline_mgpu", lambda arg_types: lambda f: lambda *refs: f(None, *refs))
+    monkeypatch.setattr(kernels, "heuristic", lambda: config)
+    monkeypatch.setattr(kernels, "SHARED_BYTES", 1 << 19)
+
+
+SIMULATED = {
+    "grouped queries": (replace(SIZES, d_ff=512), 24, (0, 5, 20)),
+    "a window": (replace(SIZES, d_ff=512, d_model=384, n_heads=3, n_kv_heads=1, head_dim=128, window=7), 24, (3, 20)),
+    "many chunks": (replace(SIZES, d_ff=512, n_layers=1, d_model=384, n_kv_heads=4, head_dim=96), 1152, (700, 1151)),
+    "a full cache": (replace(SIZES, d_ff=512, n_layers=1), 24, (24,)),
+}
+
+
+@pytest.mark.parametrize("case", SIMULATED)
+def test_the_kernel_s_threads_compute_the_step(simulated, case):
+    sizes, length, positions = SIMULATED[case]
+    for position in positions:
+        check_kernel(*run_both(sizes, position, length, "mosaic_gpu", jnp.bfloat16, jit=False), position, length)
+
+
+def check_kernel(logits, again, new, expected, position, length):
+    """bfloat16's rounding of queries, keys, values and softmax weights, and float16's of the rest, in each layer."""
+    expected_logits, expected_new = expected
+    assert np.array_equal(logits, again)
+    assert relative_error(logits[0], expected_logits) < 1e-2
+    for pair, right in zip(new, expected_new, strict=True):
+        for cache, row in zip(pair, right, strict=True):
+            written = ~np.isnan(np.asarray(cache[0], np.float32)).any(axis=(0, 2))
+            assert np.array_equal(written, np.arange(length) <= position)
+            if position < length:
+                assert relative_error(cache[0, :, position], row) < 1e-2
+
+
+# Both models' shapes, with fewer layers and tokens.
+KERNEL_SIZES = {
+    "qwen2.5-0.5b": DecoderSizes(2, 896, 4864, 14, 2, 64, 4096, 1e-6, None),
+    "phi-3-mini": DecoderSizes(2, 3072, 8192, 32, 32, 96, 4096, 1e-5, 500),
+}
+
+
+@pytest.mark.parametrize("position", [0, 1, 255, 256, 1100])
+@pytest.mark.parametrize("name", KERNEL_SIZES)
+def test_the_kernel_is_right(name, position):
+    if not on_hopper():
+        pytest.skip("needs an NVIDIA Hopper GPU")
+    check_kernel(*run_both(KERNEL_SIZES[name], position, 1152, "mosaic_gpu", jnp.bfloat16), position, 1152)
