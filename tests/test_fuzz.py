@@ -36,7 +36,7 @@ def test_damaged_files_end_in_the_projects_error(figure):
         ("raise ValueError('unexpected')", "ValueError: unexpected"),
         ("return len(bytearray(250 << 20))", "MemoryError"),
         ("raise orcd_jax.GGUFError('two\\nlines')", "not one short line"),
-        ("return False", "generate does not say so"),
+        ("return np.array([[0, np.inf]])", "generate does not say so"),
     ],
 )
 def test_a_campaign_sees_faults(body, expected, tmp_path):
@@ -56,6 +56,7 @@ def run_with_load(body: str, folder: Path) -> subprocess.CompletedProcess:
     """Run one case in a child process whose loading is replaced."""
     script = f"""
 import json, sys, time
+import numpy as np
 sys.path[:] = {sys.path!r}
 import fuzz_campaign, orcd_jax
 from pathlib import Path
