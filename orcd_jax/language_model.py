@@ -32,7 +32,7 @@ from orcd_jax.prefix import Prefix, digest, load_prefix
 from orcd_jax.sampling import Sampling, row_keys
 from orcd_jax.tokenizer import StreamDecoder, Tokenizer
 
-FinishReason = Literal["stop", "length", "context"]
+FinishReason = Literal["stop", "length", "context", "interrupted"]  # the last: it had not ended
 
 MAX_LOGPROBS = 20
 _SHORTEST_CACHE = 256
@@ -136,12 +136,12 @@ class _Row:
         return piece
 
     def completion(self, timings: Timings, with_logprobs: bool) -> Completion:
-        """The row as it stands; one that was interrupted counts as ended by length."""
+        """The row as it stands."""
         return Completion(
             text="".join(self.pieces),
             token_ids=self.token_ids,
             logprobs=self.logprobs if with_logprobs else None,
-            finish_reason=self.finish_reason or "length",
+            finish_reason=self.finish_reason or "interrupted",
             prompt_tokens=len(self.before) + len(self.ids),
             seed=self.seed,
             timings=timings,
@@ -153,8 +153,11 @@ class _Clock:
 
     def __init__(self, load_s: float):
         self.load_s, self.compile_s = load_s, 0.0
-        self.start = self.first = self.last = time.perf_counter()
+        self.restart()
         self.prompt_tokens = self.new_tokens = self.rows = 0
+
+    def restart(self) -> None:
+        self.start = self.first = self.last = time.perf_counter()
 
     def compiled(self, took: float) -> None:
         """Compilation took so many seconds, which count as nothing else."""
@@ -200,6 +203,26 @@ class Stream:
         return self._completion()
 
 
+class Batch:
+    """Iterator over the texts of many prompts; `completions` is what there is so far, and the whole in the end.
+
+    Each step gives the number of prompts whose completion has ended in it.
+    """
+
+    def __init__(self, steps: Iterator[int], completions: Callable[[], list[Completion]]):
+        self._steps, self._completions = steps, completions
+
+    def __iter__(self) -> Iterator[int]:
+        return self._steps
+
+    def __next__(self) -> int:
+        return next(self._steps)
+
+    @property
+    def completions(self) -> list[Completion]:
+        return self._completions()
+
+
 class LanguageModel:
     """A model on a device. Made by `load`; methods may be called from several threads.
 
@@ -243,7 +266,6 @@ class LanguageModel:
         ignore_eos: bool = False,
         logprobs: int | None = None,
         prefix: Prefix | None = None,
-        progress: Callable[[int], None] | None = None,
     ) -> list[Completion]:
         """Complete prompts as they are, without a chat template.
 
@@ -256,7 +278,6 @@ class LanguageModel:
           ignore_eos: do not end at the model's stop ids.
           logprobs: K from 0 to 20: report each token's log-probability and those of the K likeliest.
           prefix: what every prompt continues, from `prefill`; the prompts then get no BOS token.
-          progress: called with the number of rows that have ended since the last call.
 
         Returns:
           One Completion a prompt, in their order.
@@ -266,24 +287,44 @@ class LanguageModel:
           CapacityError: if the cache does not fit the device.
           NonFiniteError: if the model's logits are not finite.
         """
-        texts: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-        rows = self._rows(texts, max_new_tokens, sampling, seed, stop, ignore_eos, prefix)
+        batch = self.batch(prompts, max_new_tokens, sampling, seed, stop, ignore_eos, logprobs, prefix)
+        for _ in batch:
+            pass
+        return batch.completions
+
+    def batch(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int | Sequence[int] = 64,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        seed: int | Sequence[int] = 0,
+        stop: Sequence[str] | Sequence[Sequence[str]] = (),
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        prefix: Prefix | None = None,
+    ) -> Batch:
+        """As `generate`, step by step: for showing progress, and for keeping what there is when something stops it."""
+        rows = self._rows(_listed(prompts), max_new_tokens, sampling, seed, stop, ignore_eos, prefix)
         self._check_logprobs(logprobs)
-        completions: dict[int, Completion] = {}
         # Longest together, so that short rows do not wait in long batches.
         order = sorted(range(len(rows)), key=lambda i: -(len(rows[i].ids) + rows[i].budget))
-        for first in range(0, len(order), self._buckets.batch):
-            group = order[first : first + self._buckets.batch]
-            clock = _Clock(self.load_s)
-            ended = 0
-            for _ in self._run([rows[i] for i in group], logprobs, clock, prefix):
-                now = sum(rows[i].finish_reason is not None for i in group)
-                if progress is not None and now > ended:
-                    progress(now - ended)
-                ended = now
-            timings = clock.timings()
-            completions |= {i: rows[i].completion(timings, logprobs is not None) for i in group}
-        return [completions[i] for i in range(len(rows))]
+        most = self._buckets.batch
+        groups = [(order[first : first + most], _Clock(self.load_s)) for first in range(0, len(order), most)]
+
+        def steps() -> Iterator[int]:
+            for group, clock in groups:
+                clock.restart()
+                ended = 0
+                for _ in self._run([rows[i] for i in group], logprobs, clock, prefix):
+                    now = sum(rows[i].finish_reason is not None for i in group)
+                    yield now - ended
+                    ended = now
+
+        def completions() -> list[Completion]:
+            clocks = {i: clock for group, clock in groups for i in group}
+            return [row.completion(clocks[i].timings(), logprobs is not None) for i, row in enumerate(rows)]
+
+        return Batch(steps(), completions)
 
     def stream(
         self,
@@ -338,7 +379,7 @@ class LanguageModel:
         Args:
           prompt: a text, with a BOS token if the file asks for one, or token ids.
         """
-        ids = self._check_ids(self.encode_prompt(prompt) if isinstance(prompt, str) else prompt, "the prefix")
+        ids = self._ids(prompt, "the prefix")
         length = self._cache_bucket(len(ids))
         for _, cache in self._teacher_forced(ids, decoding.hidden_states):
             last = cache
@@ -356,20 +397,20 @@ class LanguageModel:
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits after every token of a sequence, teacher-forced: float32 [T, V]."""
-        ids = self._check_ids(list(token_ids), "the sequence")
+        ids = self._check_ids(token_ids, "the sequence")
         return np.concatenate([values for values, _ in self._teacher_forced(ids, decoding.forward)])
 
     def token_logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
         """Natural log-probability of every token but the first, given those before it: float32 [T - 1]."""
-        ids = self._check_ids(list(token_ids), "the sequence")
+        ids = self._check_ids(token_ids, "the sequence")
         return np.concatenate([values for values, _ in self._teacher_forced(ids, decoding.next_logprobs)])[:-1]
 
     def score(self, texts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
         """Log-likelihood and perplexity of texts (a BOS token first if the file asks for one) or lists of ids."""
-        return [self._score(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        return [self._score(text) for text in _listed(texts)]
 
     def _score(self, text: str | Sequence[int]) -> Score:
-        ids = self._check_ids(self.encode_prompt(text) if isinstance(text, str) else list(text), "the text")
+        ids = self._ids(text, "the text")
         if len(ids) < 2:
             raise RequestError("a text of one token has nothing to score; give at least two tokens")
         total = float(self.token_logprobs(ids).sum(dtype=np.float64))
@@ -438,18 +479,20 @@ class LanguageModel:
         prefix: Prefix | None,
     ) -> list[_Row]:
         count = len(prompts)
+        if not isinstance(prefix, Prefix | None):
+            raise RequestError(f"the prefix is {prefix!r:.80}; expected what prefill returns")
         before = [] if prefix is None else prefix.ids
         if prefix is not None and prefix.model != self._digest:
             raise RequestError("the prefix was made by another model, weight format or cache policy; prefill again")
 
         def per_row(value: Any, name: str) -> list[Any]:
-            values = list(value) if isinstance(value, list | tuple | np.ndarray) else [value] * count
+            several = isinstance(value, list | tuple) or (isinstance(value, np.ndarray | jax.Array) and value.ndim)
+            values = list(np.asarray(value) if isinstance(value, jax.Array) else value) if several else [value] * count
             if len(values) != count:
                 raise RequestError(f"{name} has {len(values)} values for {count} prompts")
             return values
 
-        integer = (int, np.integer)
-        shared_stop = isinstance(stop, str) or all(isinstance(text, str) for text in stop)
+        shared_stop = not isinstance(stop, Iterable) or all(isinstance(text, str) for text in stop)
         columns = zip(
             prompts,
             per_row(max_new_tokens, "max_new_tokens"),
@@ -461,13 +504,8 @@ class LanguageModel:
         rows = []
         for index, (prompt, budget, how, row_seed, row_stop) in enumerate(columns):
             what = "the prompt" if count == 1 else f"prompt {index}"
-            if isinstance(budget, bool) or not isinstance(budget, integer) or budget < 1:
-                raise RequestError(f"max_new_tokens is {budget}; expected a whole number of at least 1")
-            if isinstance(row_seed, bool) or not isinstance(row_seed, integer) or not 0 <= row_seed < 1 << 32:
-                raise RequestError(f"seed is {row_seed}; expected a whole number from 0 to {(1 << 32) - 1}")
-            how.check()
-            encode = self.encode_prompt if prefix is None else self.tokenizer.encode
-            ids = self._check_ids(encode(prompt) if isinstance(prompt, str) else prompt, what)
+            check_values(budget, how, row_seed)
+            ids = self._ids(prompt, what, begins=prefix is None)
             room = self.context - len(before) - len(ids)
             if room < 1:
                 more = "" if self.context == self.config.context_length else " or ask for more context"
@@ -489,23 +527,26 @@ class LanguageModel:
             )
         return rows
 
+    def _ids(self, prompt: Any, what: str, begins: bool = True) -> list[int]:
+        """The checked token ids of a text, with a BOS token if it `begins` and the file asks for one, or of ids."""
+        if isinstance(prompt, str):
+            prompt = self.encode_prompt(prompt) if begins else self.tokenizer.encode(prompt)
+        return self._check_ids(prompt, what)
+
     def _check_ids(self, ids: Any, what: str) -> list[int]:
-        if isinstance(ids, int | np.integer):
-            raise RequestError("prompts must be a text, a list of texts, or a list of lists of token ids")
-        ids = list(ids)
+        ids = _listed(ids)
         if not ids:
             raise RequestError(f"{what} is empty; give at least one token")
         for token in ids:
-            whole = isinstance(token, int | np.integer) and not isinstance(token, bool)
-            if not whole or not 0 <= token < self.config.vocab_size:
-                raise RequestError(f"{what} has the token id {token!r}; expected 0 to {self.config.vocab_size - 1}")
+            if not _is_whole(token) or not 0 <= token < self.config.vocab_size:
+                raise RequestError(f"{what} has the token id {token!r:.80}; expected 0 to {self.config.vocab_size - 1}")
         if len(ids) > self.context:
             raise RequestError(f"{what} has {len(ids)} tokens, more than the context of {self.context}; shorten it")
         return [int(token) for token in ids]
 
     def _check_logprobs(self, logprobs: int | None) -> None:
         highest = min(MAX_LOGPROBS, self.config.vocab_size)
-        if logprobs is not None and (not isinstance(logprobs, int) or not 0 <= logprobs <= highest):
+        if logprobs is not None and (not _is_whole(logprobs) or not 0 <= logprobs <= highest):
             raise RequestError(f"logprobs is {logprobs}; expected a whole number from 0 to {highest}")
 
     def _check_capacity(self, batch: int, length: int, chunk: int, extra: int = 0) -> None:
@@ -657,6 +698,36 @@ class LanguageModel:
         return min(max(_SHORTEST_CACHE, 1 << (length - 1).bit_length()), self.context)
 
 
+def check_values(max_new_tokens: Any, sampling: Any, seed: Any) -> None:
+    """Refuse values of one request that mean nothing; no model is needed for that.
+
+    Raises:
+      RequestError: naming the value, what it is and what is expected.
+    """
+    if not _is_whole(max_new_tokens) or max_new_tokens < 1:
+        raise RequestError(f"max_new_tokens is {max_new_tokens!s:.80}; expected a whole number of at least 1")
+    if not _is_whole(seed) or not 0 <= seed < 1 << 32:
+        raise RequestError(f"seed is {seed!s:.80}; expected a whole number from 0 to {(1 << 32) - 1}")
+    if not isinstance(sampling, Sampling):
+        raise RequestError(f"sampling is {sampling!r:.80}; expected a Sampling")
+    sampling.check()
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _listed(prompts: Any) -> list[Any]:
+    """One text as a list of it, or the items of what holds several."""
+    prompts = np.asarray(prompts) if isinstance(prompts, jax.Array) else prompts
+    try:
+        return [prompts] if isinstance(prompts, str) else list(prompts)
+    except TypeError:
+        raise RequestError(
+            f"{prompts!r:.80} is no prompt; expected a text, a list of texts, or a list of lists of token ids"
+        ) from None
+
+
 def load(
     model: str | PathLike[str] = hub.DEFAULT_MODEL,
     weights: Literal["auto", "int8", "bf16", "f32"] = "auto",
@@ -711,10 +782,12 @@ def inspect(
     model: str | PathLike[str], context: int | None = None, progress: bool = False
 ) -> tuple[GGUFFile, ModelConfig]:
     """Open a model's file and read its config, without its weights; arguments and errors as in `load`."""
+    if context is not None and not (_is_whole(context) and context >= 1):
+        raise RequestError(f"the context is {context!s:.80}; expected a whole number of at least 1")
     file = GGUFFile.open(hub.resolve(model, progress=progress))
     config = ModelConfig.from_gguf(file, context)
-    if context is not None and not 1 <= context <= config.context_length:
-        raise RequestError(f"the context is {context}; expected 1 to the model's {config.context_length}")
+    if context is not None and context > config.context_length:
+        raise RequestError(f"the context is {context}; expected at most the model's {config.context_length}")
     return file, config
 
 

@@ -8,7 +8,7 @@ Nguyen et al. 2024, https://arxiv.org/abs/2407.01082. The draw is the Gumbel-max
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,6 +19,9 @@ from jax import lax
 
 from orcd_jax.errors import RequestError
 from pallas_kernels import top_k
+
+_MOST = float(np.finfo(np.float32).max)  # values are float32 where they are used
+_LEAST = 1e-37  # that is not zero, or nearly so, there
 
 # Rows that keep at most this many tokens by top-k are sampled from the largest few, without sorting the vocabulary.
 _CANDIDATES = 64
@@ -44,17 +47,18 @@ class Sampling:
         Raises:
           RequestError: naming the value, what it is and what is expected.
         """
-        rules = {
-            "temperature": ("0 or more", lambda v: v >= 0),
-            "top_k": ("a whole number, 0 or more", lambda v: v >= 0 and v == int(v) and v < 2**31),
+        rules: dict[str, tuple[str, Callable[[float], bool]]] = {
+            "temperature": (f"0 to {_MOST:.0e}", lambda v: v >= 0),
+            "top_k": ("a whole number, 0 to 2^31 - 1", lambda v: v >= 0 and v == int(v) and v < 2**31),
             "top_p": ("above 0, at most 1", lambda v: 0 < v <= 1),
             "min_p": ("from 0 to 1", lambda v: 0 <= v <= 1),
-            "repeat_penalty": ("above 0", lambda v: v > 0),
+            "repeat_penalty": (f"{_LEAST:.0e} to {_MOST:.0e}", lambda v: v >= _LEAST),
         }
         for name, (expected, allowed) in rules.items():
-            for value in np.ravel(getattr(self, name)).tolist():
-                if isinstance(value, bool | str | None) or not math.isfinite(value) or not allowed(value):
-                    raise RequestError(f"{name} is {value}; expected {expected}")
+            for value in self._values(name):
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                if not number or not -_MOST <= value <= _MOST or not allowed(value):
+                    raise RequestError(f"{name} is {value!s:.40}; expected {expected}")
 
     def split(self, batch: int) -> list[Sampling]:
         """One Sampling of plain numbers for each row.
@@ -64,19 +68,30 @@ class Sampling:
         """
         columns = {}
         for field in fields(self):
-            values = np.ravel(getattr(self, field.name)).tolist()
+            values = self._values(field.name)
             if len(values) not in (1, batch):
                 raise RequestError(f"{field.name} has {len(values)} values for {batch} prompts")
             columns[field.name] = values if len(values) == batch else values * batch
         return [Sampling(*row) for row in zip(*columns.values(), strict=True)]
 
+    def _values(self, name: str) -> list[Any]:
+        try:
+            return np.ravel(getattr(self, name)).tolist()
+        except ValueError:  # lists of different lengths
+            raise RequestError(f"{name} is ragged; expected a number, or an array with one a prompt") from None
+
     def rows(self, batch: int) -> Sampling:
         """The same with every value an array [batch], int32 for top_k and float32 for the rest."""
         values = {}
         for field in fields(self):
-            dtype = jnp.int32 if field.name == "top_k" else jnp.float32
-            values[field.name] = jnp.broadcast_to(jnp.asarray(getattr(self, field.name), dtype), (batch,))
+            value = jnp.asarray(getattr(self, field.name), value_dtype(field.name))
+            values[field.name] = jnp.broadcast_to(value, (batch,))
         return Sampling(**values)
+
+
+def value_dtype(name: str) -> Any:
+    """The dtype of a value of `Sampling` where it is used."""
+    return jnp.int32 if name == "top_k" else jnp.float32
 
 
 def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
@@ -138,6 +153,18 @@ def _draw(values: jax.Array, ids: jax.Array, sampling: Sampling, keys: jax.Array
     scores = (values - values[:, :1]) / temperature + noise
     choice = jnp.argmax(jnp.where(kept, scores, -jnp.inf), axis=-1)
     return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
+
+
+def portable_keys(keys: jax.Array) -> jax.Array:
+    """Keys of any generator as Threefry's, one for each; its own stay as they are.
+
+    Under `vmap` the others draw for a whole batch at once: a row's draws would depend on its place.
+    """
+    words = jax.random.key_data(keys)
+    threefry = jax.random.wrap_key_data(words[..., :2], impl="threefry2x32")
+    for i in range(2, words.shape[-1]):
+        threefry = jax.vmap(jax.random.fold_in)(threefry.ravel(), words[..., i].ravel()).reshape(keys.shape)
+    return threefry
 
 
 def row_keys(seeds: list[int]) -> jax.Array:

@@ -289,6 +289,8 @@ class StreamDecoder:
           RequestError: a stop text is empty or no text.
         """
         self._tokenizer = tokenizer
+        if not isinstance(stop, Iterable):
+            raise RequestError(f"the stop texts are {stop!r:.80}; expected a text or several")
         self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
         for text in self._stop:
             if not isinstance(text, str) or not text:

@@ -292,7 +292,7 @@ def test_a_padded_id_may_hold_anything(model):
 def test_other_requests_compile_nothing(model, caplog):
     with compilations(caplog) as names:
         generate(model, GREEDY, new=2)
-    assert "jit(generate_tokens)" in names
+    assert "jit(_generate_tokens)" in names
     rng = np.random.default_rng(2)
     requests = []
     for seed, sampling in enumerate([GREEDY, MIXED, Sampling(1.0, **EVERYTHING), Sampling(repeat_penalty=1.1)]):
