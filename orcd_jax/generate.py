@@ -12,11 +12,13 @@ import io
 import json
 import os
 import secrets
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from orcd_jax.errors import OrcdJaxError, RequestError
 
@@ -24,7 +26,50 @@ if TYPE_CHECKING:
     from orcd_jax.language_model import Completion, LanguageModel
     from orcd_jax.sampling import Sampling
 
+_T = TypeVar("_T")
+
 DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+class _Interrupts:
+    """Makes Ctrl-C a KeyboardInterrupt that cannot get lost.
+
+    Where it comes in a callback (JAX has one in the garbage collector), Python or C++ reports the exception and goes
+    on; hence it is raised again at the next step of the work.
+    """
+
+    def __init__(self) -> None:
+        self.pending = False
+
+    def __enter__(self) -> _Interrupts:
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.unraisablehook = self._hook
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._handler)
+
+    def _interrupt(self, *_: object) -> NoReturn:
+        self.pending = True
+        raise KeyboardInterrupt
+
+    def _unraisable(self, unraisable: Any) -> None:
+        if unraisable.exc_type is not KeyboardInterrupt:
+            self._hook(unraisable)
+
+    def check(self) -> None:
+        """Raise what got lost."""
+        if self.pending:
+            raise KeyboardInterrupt
+
+    def watch(self, steps: Iterable[_T]) -> Iterator[_T]:
+        """The same steps, with a check after each."""
+        for step in steps:
+            yield step
+            self.check()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -110,12 +155,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
     warnings.showwarning = lambda message, *_: print(f"{parser.prog}: warning: {message}", file=sys.stderr)
+    interrupts = _Interrupts()
     try:
         if args.xla_dump:
             from orcd_jax.profiling import dump_xla
 
             dump_xla(args.xla_dump)
-        return _run(args)
+        with interrupts:
+            return _run(args, interrupts)
     except OrcdJaxError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
@@ -125,7 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except BaseException:
+        if not interrupts.pending:  # else it is the interruption, or what JAX's C++ made of it
+            raise
         print(file=sys.stderr)
         return 130
 
@@ -134,7 +183,7 @@ def _mend_streams() -> None:
     """A stream that was closed (`>&-`) is as good as empty, and a `?` goes out for what its encoding lacks."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (until the process ends)
     _on_bad_text(sys.stdout, "replace")
 
 
@@ -143,7 +192,7 @@ def _on_bad_text(stream: Any, errors: str) -> None:
         stream.reconfigure(errors=errors)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, interrupts: _Interrupts) -> int:
     if args.estimate:
         return _estimate(args)
     # Before the model is loaded, so that a mistake is told at once.
@@ -169,15 +218,15 @@ def _run(args: argparse.Namespace) -> int:
         "max_new_tokens": args.max_new_tokens, "stop": args.stop, "ignore_eos": args.ignore_eos,
         "logprobs": args.logprobs,
     }  # fmt: skip
+    interrupts.check()
     with _profile(args.profile):
         if batch is not None:
-            return _run_batch(args, model, batch, options, sampling, seed)
+            return _run_batch(args, model, batch, options, seed, interrupts)
         options |= {"sampling": sampling, "seed": seed}
         if args.interactive:
-            return _converse(args, model, options)
-        if messages is None:
-            return _complete(args, model, _encode(model, prompt, args.system, args.raw), options)
-        return _complete(args, model, model.encode_chat(messages), options)
+            return _converse(args, model, options, interrupts)
+        ids = _encode(model, prompt, args.system, args.raw) if messages is None else model.encode_chat(messages)
+        return _complete(args, model, ids, options, interrupts)
 
 
 def _sampling(args: argparse.Namespace, **changes: Any) -> Sampling:
@@ -264,11 +313,13 @@ def _system(text: str | None) -> list[dict[str, str]]:
     return [] if text is None else [{"role": "system", "content": text}]
 
 
-def _complete(args: argparse.Namespace, model: LanguageModel, ids: list[int], options: dict[str, Any]) -> int:
+def _complete(
+    args: argparse.Namespace, model: LanguageModel, ids: list[int], options: dict[str, Any], interrupts: _Interrupts
+) -> int:
     stream = model.stream(ids, **options)
     status = 0
     try:
-        for piece in stream:
+        for piece in interrupts.watch(stream):
             if not args.json:
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
@@ -287,8 +338,8 @@ def _run_batch(
     model: LanguageModel,
     batch: list[dict[str, Any]],
     options: dict[str, Any],
-    sampling: Sampling,
     seed: int,
+    interrupts: _Interrupts,
 ) -> int:
     from tqdm import tqdm
 
@@ -309,7 +360,7 @@ def _run_batch(
     status = 0
     with tqdm(total=len(batch), unit="prompt", disable=args.quiet) as bar:
         try:
-            for ended in running:
+            for ended in interrupts.watch(running):
                 bar.update(ended)
         except KeyboardInterrupt:
             status = 130
@@ -321,7 +372,7 @@ def _run_batch(
     return status
 
 
-def _converse(args: argparse.Namespace, model: LanguageModel, options: dict[str, Any]) -> int:
+def _converse(args: argparse.Namespace, model: LanguageModel, options: dict[str, Any], interrupts: _Interrupts) -> int:
     """Turns from stdin, one a line, until it ends; Ctrl-C ends an answer, and at the prompt the conversation."""
     messages = _system(args.system)
     _on_bad_text(sys.stdin, "replace")
@@ -340,8 +391,9 @@ def _converse(args: argparse.Namespace, model: LanguageModel, options: dict[str,
             messages.pop()
             continue
         with contextlib.suppress(KeyboardInterrupt):
-            for piece in stream:
+            for piece in interrupts.watch(stream):
                 print(piece, end="", flush=True)
+        interrupts.pending = False
         print(flush=True)
         completion = stream.completion
         messages.append({"role": "assistant", "content": completion.text})
