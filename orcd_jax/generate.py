@@ -172,9 +172,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
-    except BaseException:
-        if not interrupts.pending:  # else it is the interruption, or what JAX's C++ made of it
+    except BaseException as error:
+        if not interrupts.pending and not isinstance(error, KeyboardInterrupt):
             raise
+        # The interruption, or what has become of it on its way through C++.
         print(file=sys.stderr)
         return 130
 
