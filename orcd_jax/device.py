@@ -31,16 +31,31 @@ def select_device(platform: str | None = None) -> jax.Device:
 
 
 def available_bytes(device: jax.Device) -> int:
-    """Bytes that can still be allocated: of the device's pool, or of the host's memory (control group included)."""
+    """Bytes that can still be allocated: of the device's pool, or of the host's memory.
+
+    Limits of the control group and of the process (`ulimit -v`) count as well.
+    """
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         return stats.get("bytes_limit", sys.maxsize) - stats.get("bytes_in_use", 0)
     free = psutil.virtual_memory().available
-    limit, usage = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        free = min(free, limit - psutil.Process().memory_info().vms)
+    return max(0, min(free, _group_bytes()))
+
+
+_GROUP = Path("/sys/fs/cgroup")
+
+
+def _group_bytes() -> int:
+    """Bytes left to the process's control group. Cached files that it has not used lately give way."""
     try:
-        return min(free, int(limit.read_text()) - int(usage.read_text()))
+        limit, used = (int((_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        idle = re.search(r"^inactive_file (\d+)$", (_GROUP / "memory.stat").read_text(), re.MULTILINE)
     except (OSError, ValueError):  # no control group, or no limit ("max")
-        return free
+        return sys.maxsize
+    return limit - used + (int(idle[1]) if idle else 0)
 
 
 def peak_bytes(device: jax.Device) -> int:

@@ -28,18 +28,20 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+_INTERRUPTED = 130  # as a shell reports a process that Ctrl-C has ended
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 class _Interrupts:
-    """Makes Ctrl-C a KeyboardInterrupt that cannot get lost.
+    """Makes Ctrl-C a KeyboardInterrupt that neither gets lost nor does harm.
 
-    Where it comes in a callback (JAX has one in the garbage collector), Python or C++ reports the exception and goes
-    on; hence it is raised again at the next step of the work.
+    In a callback (JAX has one in the garbage collector), Python or C++ reports the exception and goes on; hence it is
+    raised again at the next step of the work. In the middle of loading an extension module it can crash the process;
+    hence it waits there.
     """
 
     def __init__(self) -> None:
-        self.pending = False
+        self.pending = self._holding = False
 
     def __enter__(self) -> _Interrupts:
         self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
@@ -52,9 +54,10 @@ class _Interrupts:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._handler)
 
-    def _interrupt(self, *_: object) -> NoReturn:
+    def _interrupt(self, *_: object) -> None:
         self.pending = True
-        raise KeyboardInterrupt
+        if not self._holding:
+            raise KeyboardInterrupt
 
     def _unraisable(self, unraisable: Any) -> None:
         if unraisable.exc_type is not KeyboardInterrupt:
@@ -64,6 +67,16 @@ class _Interrupts:
         """Raise what got lost."""
         if self.pending:
             raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Interrupt after the block."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+        self.check()
 
     def watch(self, steps: Iterable[_T]) -> Iterator[_T]:
         """The same steps, with a check after each."""
@@ -162,7 +175,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             dump_xla(args.xla_dump)
         with interrupts:
-            return _run(args, interrupts)
+            status = _run(args, interrupts)
+            sys.stdout.flush()  # here its errors can still be told
+            return status
     except OrcdJaxError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
@@ -177,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         # The interruption, or what has become of it on its way through C++.
         print(file=sys.stderr)
-        return 130
+        return _INTERRUPTED
 
 
 def _mend_streams() -> None:
@@ -195,16 +210,15 @@ def _on_bad_text(stream: Any, errors: str) -> None:
 
 def _run(args: argparse.Namespace, interrupts: _Interrupts) -> int:
     if args.estimate:
-        return _estimate(args)
+        return _estimate(args, interrupts)
     # Before the model is loaded, so that a mistake is told at once.
     prompt = _read(args.file) if args.file else args.prompt
     messages = _parse_messages(_read(args.messages), args.messages) if args.messages else None
     batch = _parse_batch(_read(args.batch_file), args.batch_file) if args.batch_file else None
+    with interrupts.held():
+        from orcd_jax.language_model import check_values, load
     seed = secrets.randbits(32) if args.seed is None else args.seed
     sampling = _sampling(args)
-
-    from orcd_jax.language_model import check_values, load
-
     check_values(args.max_new_tokens, sampling, seed)
     for row in batch or ():
         with _line(args.batch_file, row):
@@ -324,7 +338,7 @@ def _complete(
             if not args.json:
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        status = 130
+        status = _INTERRUPTED
     completion = stream.completion
     if args.json:
         print(json.dumps(_report(args, model, completion), ensure_ascii=False), flush=True)
@@ -364,7 +378,7 @@ def _run_batch(
             for ended in interrupts.watch(running):
                 bar.update(ended)
         except KeyboardInterrupt:
-            status = 130
+            status = _INTERRUPTED
     completions = running.completions
     for completion in completions:
         print(json.dumps(_report(args, model, completion), ensure_ascii=False))
@@ -460,11 +474,12 @@ def _summarize(args: argparse.Namespace, model: LanguageModel, completions: list
     )
 
 
-def _estimate(args: argparse.Namespace) -> int:
+def _estimate(args: argparse.Namespace, interrupts: _Interrupts) -> int:
     """Print what the model would need, and whether it fits."""
-    from orcd_jax.cache_policy import CachePolicy
-    from orcd_jax.device import available_bytes, human_bytes, select_device
-    from orcd_jax.language_model import choose_weights, configure, inspect, matrix_types
+    with interrupts.held():
+        from orcd_jax.cache_policy import CachePolicy
+        from orcd_jax.device import available_bytes, human_bytes, select_device
+        from orcd_jax.language_model import choose_weights, configure, inspect, matrix_types
 
     device = select_device(args.device)
     file, config = inspect(args.model, args.context, progress=not args.quiet)
@@ -495,5 +510,16 @@ def _estimate(args: argparse.Namespace) -> int:
     return 0
 
 
+def run() -> NoReturn:
+    """The command line as a process."""
+    status = main()
+    if status == _INTERRUPTED:
+        # At once: JAX does not always survive being taken down in the middle of its work.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -551,12 +551,24 @@ class LanguageModel:
 
     def _check_capacity(self, batch: int, length: int, chunk: int, extra: int = 0) -> None:
         """Refuse a request whose cache and workspace do not fit, saying how long a context would."""
-        config = self.config
-        cache, workspace = config.cache_bytes(batch, length), config.workspace_bytes(batch, chunk, length) + extra
-        fits = (available_bytes(self.device) - workspace) // config.cache_bytes(batch, 1)
-        instead = f"a context of {fits} tokens would fit" if fits > 0 else "fewer rows at a time may fit"
-        what = f"a cache of {batch} x {length} tokens ({human_bytes(cache)}) with its workspace"
-        check_fits(cache + workspace, self.device, what, instead)
+        available = available_bytes(self.device)
+
+        def required(config: ModelConfig, length: int) -> int:
+            return config.cache_bytes(batch, length) + config.workspace_bytes(batch, min(chunk, length), length) + extra
+
+        def longest(config: ModelConfig) -> int:
+            return next(
+                (n for i in range(1, length.bit_length()) if required(config, n := length >> i) <= available), 0
+            )
+
+        if required(self.config, length) <= available:
+            return
+        fits, fits_int8 = longest(self.config), longest(replace(self.config, cache=CachePolicy(int8=True)))
+        advice = [f"a context of {fits} tokens would fit"] if fits else ["fewer rows at a time may fit"]
+        if fits_int8 > fits:
+            advice.append(f"one of {fits_int8} with kv_cache='int8'")
+        what = f"a cache of {batch} x {length} tokens ({human_bytes(self.config.cache_bytes(batch, length))})"
+        check_fits(required(self.config, length), self.device, f"{what} with its workspace", ", ".join(advice))
 
     # Programs
 
