@@ -85,7 +85,13 @@ class ChatTemplate:
         render = self._renderer(tokenizer, add_generation_prompt)
         return render(_place_system(_check_messages(messages), render))
 
-    def encode(self, tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        max_characters: int | None = None,
+    ) -> list[int]:
         """The prompt as token ids, with begin of text once if the file asks for it.
 
         A system message that the template drops is put before the first user message, with a warning.
@@ -94,13 +100,18 @@ class ChatTemplate:
           tokenizer: of the same file.
           messages: each with the texts `role` ("system", "user", "assistant", …) and `content`.
           add_generation_prompt: end with the opening of the assistant's turn.
+          max_characters: refuse messages with more.
 
         Raises:
-          RequestError: the messages are not as above; says which.
+          RequestError: the messages are not as above, or too long; says which.
           TemplateError: the template is malformed, refuses the messages, fails, or goes over its limits.
         """
         render = self._renderer(tokenizer, add_generation_prompt)
-        plain = _place_system(_check_messages(messages), render)
+        checked = _check_messages(messages)
+        characters = sum(len(message["content"]) for message in checked)
+        if max_characters is not None and characters > max_characters:
+            raise RequestError(f"the messages have {characters:,} characters; expected at most {max_characters:,}")
+        plain = _place_system(checked, render)
         stand_ins = _stand_ins(tokenizer.control_texts)
         veiled = [message | {"content": message["content"].translate(stand_ins)} for message in plain]
         plain_text, veiled_text = render(plain), render(veiled)

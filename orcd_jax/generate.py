@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import secrets
 import signal
 import sys
@@ -167,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What JAX reads when it starts.
     if args.device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
-    warnings.showwarning = lambda message, *_: print(f"{parser.prog}: warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: _show_warning(message)
     interrupts = _Interrupts()
     try:
         if args.xla_dump:
@@ -193,6 +194,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The interruption, or what has become of it on its way through C++.
         print(file=sys.stderr)
         return _INTERRUPTED
+
+
+def _show_warning(message: Warning | str) -> None:
+    print(f"orcd-jax: warning: {message}", file=sys.stderr)
+    # JAX writes an entry straight to its place, and would keep one that a full disk or a kill has cut off for ever.
+    if damaged := re.match(r"Error reading persistent compilation cache entry for '(\w+)'", str(message)):
+        from orcd_jax.hub import programs_dir
+
+        with contextlib.suppress(OSError):
+            for entry in programs_dir().glob(f"{damaged[1]}-*-cache"):
+                entry.unlink(missing_ok=True)
 
 
 def _mend_streams() -> None:

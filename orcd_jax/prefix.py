@@ -62,17 +62,30 @@ def load_prefix(path: str | os.PathLike[str], config: ModelConfig, model: str, d
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            if str(file["model"]) != model:
-                raise RequestError(f"{path}: was made by another model, weight format or cache policy; prefill again")
-            ids, length = file["ids"].tolist(), int(file["length"])
-            shapes = jax.eval_shape(lambda: init_cache(config, 1, length))
-            leaves, tree = jax.tree.flatten(shapes)
-            arrays = [file[f"cache_{i}"].view(x.dtype).reshape(x.shape) for i, x in enumerate(leaves)]
+            ids, length, made_by = file["ids"], int(file["length"]), str(file["model"])
+            if made_by == model:
+                shapes = jax.eval_shape(lambda: init_cache(config, 1, length))
+                leaves, tree = jax.tree.flatten(shapes)
+                arrays = [file[f"cache_{i}"].view(x.dtype).reshape(x.shape) for i, x in enumerate(leaves)]
+                cache: KVCache = jax.tree.unflatten(tree, arrays)
+                _check(ids, cache, length, config)
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as reason:
+    except (OSError, TypeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as reason:
         raise RequestError(f"{path}: is no prefix file, or is damaged: {reason}") from None
-    return Prefix(ids, jax.device_put(jax.tree.unflatten(tree, arrays), device), length, model)
+    if made_by != model:
+        raise RequestError(f"{path}: was made by another model, weight format or cache policy; prefill again")
+    return Prefix(ids.tolist(), jax.device_put(cache, device), length, model)
+
+
+def _check(ids: np.ndarray, cache: KVCache, length: int, config: ModelConfig) -> None:
+    """Raise ValueError for what `Prefix.save` would not write: a number that is not finite shows in later rows."""
+    if ids.ndim != 1 or ids.dtype.kind != "i" or not 0 < ids.size <= length or ids.size != cache.lengths:
+        raise ValueError("its token ids and its cache do not belong together")
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise ValueError(f"it has token ids outside 0 to {config.vocab_size - 1}")
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(cache)):
+        raise ValueError("its cache holds numbers that are not finite")
 
 
 def digest(config: ModelConfig, params: Params, weights: str) -> str:

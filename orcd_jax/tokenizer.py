@@ -94,6 +94,7 @@ class Tokenizer:
 
     Attributes:
       vocab_size: entries in the file's token list, padding included.
+      longest: the most characters that one token can stand for.
       known_tokens: 1 + the highest id that is a real token; ids from here on are padding and must not be sampled.
       bos_id, eos_id: the file's begin and end of text, or None.
       add_bos: whether a prompt is to begin with `bos_id`; `encode` does not add it.
@@ -107,6 +108,7 @@ class Tokenizer:
         self._model = _read_name(metadata, "tokenizer.ggml.model", ("gpt2", "llama"))
         self._texts = _read_texts(metadata)
         self.vocab_size = len(self._texts)
+        self.longest = max(map(len, self._texts))
         bos, eos, eot, eom = (_read_id(metadata, name, self.vocab_size) for name in ("bos", "eos", "eot", "eom"))
         self._kinds = kinds = _classify(self._texts, _read_types(metadata, self.vocab_size), {bos, eos, eot, eom})
         self.known_tokens = 1 + max((i for i, kind in enumerate(kinds) if kind != _UNUSED), default=-1)
