@@ -6,7 +6,7 @@ import contextlib
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -112,15 +112,15 @@ def memory_errors(device: jax.Device) -> Iterator[None]:
         raise CapacityError(f"{device} ran out of memory ({left} are left now); {_SMALLER}") from None
 
 
-def check_fits(required: int, device: jax.Device, what: str, advice: str) -> None:
+def check_fits(required: int, device: jax.Device, what: str, advice: Callable[[int], str]) -> None:
     """Refuse an allocation before it is tried.
 
     Raises:
-      CapacityError: with the bytes required and available, and `advice` on what would fit.
+      CapacityError: with the bytes required and available, and `advice` on what would fit the latter.
     """
     available = available_bytes(device)
     if required > available:
         raise CapacityError(
             f"{what} needs {required:,} bytes ({human_bytes(required)}), but {available:,} ({human_bytes(available)}) "
-            f"are available on {device}; {advice}"
+            f"are available on {device}; {advice(available)}"
         )

@@ -566,24 +566,21 @@ class LanguageModel:
 
     def _check_capacity(self, batch: int, length: int, chunk: int, extra: int = 0) -> None:
         """Refuse a request whose cache and workspace do not fit, saying how long a context would."""
-        available = available_bytes(self.device)
 
         def required(config: ModelConfig, length: int) -> int:
             return config.cache_bytes(batch, length) + config.workspace_bytes(batch, min(chunk, length), length) + extra
 
-        def longest(config: ModelConfig) -> int:
-            return next(
-                (n for i in range(1, length.bit_length()) if required(config, n := length >> i) <= available), 0
-            )
+        def advice(available: int) -> str:
+            def longest(config: ModelConfig) -> int:
+                shorter = (length >> i for i in range(1, length.bit_length()))
+                return next((n for n in shorter if required(config, n) <= available), 0)
 
-        if required(self.config, length) <= available:
-            return
-        fits, fits_int8 = longest(self.config), longest(replace(self.config, cache=CachePolicy(int8=True)))
-        advice = [f"a context of {fits} tokens would fit"] if fits else ["fewer rows at a time may fit"]
-        if fits_int8 > fits:
-            advice.append(f"one of {fits_int8} with kv_cache='int8'")
+            fits, fits_int8 = longest(self.config), longest(replace(self.config, cache=CachePolicy(int8=True)))
+            advice = f"a context of {fits} tokens would fit" if fits else "fewer rows at a time may fit"
+            return advice + (f", one of {fits_int8} with kv_cache='int8'" if fits_int8 > fits else "")
+
         what = f"a cache of {batch} x {length} tokens ({human_bytes(self.config.cache_bytes(batch, length))})"
-        check_fits(required(self.config, length), self.device, f"{what} with its workspace", ", ".join(advice))
+        check_fits(required(self.config, length), self.device, f"{what} with its workspace", advice)
 
     # Programs
 
@@ -795,7 +792,8 @@ def load(
         )
     config = replace(config, known_tokens=tokenizer.known_tokens, stop_ids=tokenizer.stop_ids)
     smaller = "weights='int8' would need " + human_bytes(config.weight_bytes("int8")) if chosen != "int8" else ""
-    check_fits(config.weight_bytes(chosen), target, f"{file.path.name} as {chosen}", smaller or "use a smaller model")
+    what = f"{file.path.name} as {chosen}"
+    check_fits(config.weight_bytes(chosen), target, what, lambda _: smaller or "use a smaller model")
     _enable_compilation_cache()
     with memory_errors(target):
         params = load_params(file, config, chosen, target, progress)

@@ -20,6 +20,7 @@ import orcd_jax
 from orcd_jax import decoding
 from orcd_jax.config import ModelConfig
 from orcd_jax.decoding import NO_TOKEN, NOT_FINITE, Emitted
+from orcd_jax.errors import RequestError
 from orcd_jax.gguf_reader import GGUFFile
 from orcd_jax.loader import load_params
 from orcd_jax.sampling import Sampling, row_keys
@@ -56,7 +57,6 @@ def model(tiny):
 def generate(model, sampling, key=None, prompts=PROMPTS, lengths=LENGTHS, new=NEW):
     params, config = model
     key = jax.random.key(0) if key is None else key
-    sampling = sampling.rows(len(prompts))
     return np.asarray(
         orcd_jax.generate_tokens(params, config, prompts, lengths, key, max_new_tokens=new, sampling=sampling)
     )
@@ -159,6 +159,47 @@ def test_keys_of_the_rows(model):
     several = generate(model, sampling, jax.random.split(key, ROWS), **like)
     assert len({tuple(row) for row in several.tolist()}) == ROWS
     assert generate(model, sampling, jax.random.key(4), **like).tolist() != one.tolist()
+
+
+@pytest.mark.parametrize("kind", ["rbg", "unsafe_rbg"])
+def test_keys_of_any_generator_belong_to_their_rows(model, kind):
+    """Under vmap these draw for a whole batch at once."""
+    sampling, key = Sampling(1.5, **EVERYTHING), jax.random.key(3, impl=kind)
+    keys = jax.random.split(key, ROWS)
+    together = generate(model, sampling, keys)
+    for row in range(ROWS):
+        one = slice(row, row + 1)
+        np.testing.assert_array_equal(together[one], generate(model, sampling, keys[one], PROMPTS[one], LENGTHS[one]))
+    like = {"prompts": np.tile(PROMPTS[1], (ROWS, 1)), "lengths": np.full(ROWS, LENGTH, np.int32)}
+    assert len({tuple(row) for row in generate(model, sampling, keys, **like).tolist()}) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"new": 0}, "max_new_tokens is 0"),
+        ({"prompts": PROMPTS[0]}, r"tokens are int32 \(12,\)"),
+        ({"prompts": PROMPTS[:, :0]}, "neither of them zero"),
+        ({"prompts": PROMPTS[:0], "lengths": LENGTHS[:0]}, "neither of them zero"),
+        ({"prompts": PROMPTS * 1.0}, "tokens are float"),
+        ({"lengths": LENGTHS[:2]}, "expected one for each of 4 rows"),
+        ({"key": np.zeros(2, np.uint32)}, "the key is uint32"),
+        ({"key": jax.random.split(jax.random.key(0), 3)}, r"the key is key<fry> \(3,\)"),
+    ],
+)
+def test_shapes_that_mean_nothing_are_refused(model, change, message):
+    with pytest.raises(RequestError, match=message):
+        generate(model, GREEDY, **change)
+
+
+def test_any_number_of_stop_ids(model):
+    params, config = model
+    free = generate(model, GREEDY)
+    config = replace(config, stop_ids=tuple(range(KNOWN)))  # the last of them too
+    stopped = generate((params, config), GREEDY)
+    assert (stopped[:, 0] == free[:, 0]).all() and (stopped[:, 1:] == NO_TOKEN).all()
+    with_last = replace(config, stop_ids=(*[KNOWN - 1] * 20, int(free[0, 3])))
+    np.testing.assert_array_equal(generate((params, with_last), GREEDY)[0], cut(free[:1], with_last.stop_ids)[0])
 
 
 def test_padded_ids_are_never_sampled(model):
@@ -295,14 +336,18 @@ def test_other_requests_compile_nothing(model, caplog):
     assert "jit(_generate_tokens)" in names
     rng = np.random.default_rng(2)
     requests = []
-    for seed, sampling in enumerate([GREEDY, MIXED, Sampling(1.0, **EVERYTHING), Sampling(repeat_penalty=1.1)]):
+    for seed, sampling in enumerate([Sampling(0), Sampling(1.0, **EVERYTHING), Sampling(repeat_penalty=1.1)]):
         prompts = rng.integers(0, KNOWN, PROMPTS.shape).astype(np.int32)
         lengths = rng.integers(1, LENGTH + 1, ROWS).astype(np.int32)
-        requests.append((sampling.rows(ROWS), jax.random.key(seed), prompts, lengths))
+        requests.append((sampling, jax.random.key(seed), prompts, lengths))
     with compilations(caplog) as names:
         for request in requests:
             generate(model, *request, new=2)
     assert names == []
+    with compilations(caplog) as names:
+        generate(model, MIXED.rows(ROWS), new=2)
+        generate(model, GREEDY.rows(ROWS), new=2)
+    assert names.count("jit(_generate_tokens)") == 1  # arrays are another program than numbers, and one for all
 
 
 def equations(jaxpr, name):

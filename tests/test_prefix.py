@@ -67,9 +67,39 @@ def test_a_damaged_file_is_refused(tiny, tmp_path):
             model.load_prefix(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("length", -1, "damaged"),
+        ("length", [1, 2], "damaged"),
+        ("ids", [], "belong together"),
+        ("ids", [1, 2], "belong together"),
+        ("ids", 3, "belong together"),
+        ("ids", [[1, 2, 3]], "belong together"),
+        ("ids", [1.0, 2.0, 3.0], "belong together"),
+        ("ids", [1, 2, 384], "outside 0 to 383"),
+        ("ids", [1, -2, 3], "outside 0 to 383"),
+        ("cache_4", np.array([4], np.int32).view(np.uint8), "belong together"),
+        ("cache_1", np.full(1 << 14, 255, np.uint8), "not finite"),
+    ],
+)
+def test_a_crafted_file_is_refused(tiny, tmp_path, name, value, message):
+    model = orcd_jax.load(tiny("qwen2"))
+    path = tmp_path / "prefix.npz"
+    model.prefill([1, 2, 3]).save(path)
+    arrays = dict(np.load(path))
+    assert arrays["cache_4"].size == 4 and arrays["cache_1"].size == 1 << 14  # lengths, and a layer's values
+    np.savez(path, **arrays | {name: np.asarray(value)})
+    with pytest.raises(RequestError, match=message):
+        model.load_prefix(path)
+
+
 def test_prefix_and_prompt_must_fit_the_context(tiny):
     model = orcd_jax.load(tiny("qwen2"), context=64)
     prefix = model.prefill([1] * 50)
     assert model.generate([[2] * 13], 9, prefix=prefix, ignore_eos=True)[0].finish_reason == "context"
     with pytest.raises(RequestError, match="64 tokens"):
         model.generate([[2] * 14], 9, prefix=prefix)
+    longer = orcd_jax.load(tiny("qwen2")).prefill([1, 2])
+    with pytest.raises(RequestError, match="made for 256 tokens, above the context of 64"):
+        model.generate([[2]], 9, prefix=longer)
