@@ -110,7 +110,9 @@ class ChatTemplate:
         checked = _check_messages(messages)
         characters = sum(len(message["content"]) for message in checked)
         if max_characters is not None and characters > max_characters:
-            raise RequestError(f"the messages have {characters:,} characters; expected at most {max_characters:,}")
+            raise RequestError(
+                f"the messages have {characters:,} characters; the context holds at most {max_characters:,}"
+            )
         plain = _place_system(checked, render)
         stand_ins = _stand_ins(tokenizer.control_texts)
         veiled = [message | {"content": message["content"].translate(stand_ins)} for message in plain]

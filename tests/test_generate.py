@@ -119,11 +119,11 @@ def test_what_stdout_cannot_express_becomes_a_question_mark(model):
 
 
 def test_streams_may_be_closed(model):
-    for streams in (">&-", "2>&-", ">&- 2>&- <&-"):
+    for streams, is_printed in ((">&-", False), ("2>&-", True), (">&- 2>&- <&-", False)):
         command = f'exec "{sys.executable}" -m orcd_jax.generate -m "{model}" -p hello -n 3 --seed 1 {streams}'
         done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0 and "Traceback" not in done.stderr
-        assert bool(done.stdout) == (">&- " not in f"{streams} ".removeprefix("2"))
+        assert bool(done.stdout) == is_printed
 
 
 def test_a_conversation_survives_a_message_that_does_not_fit(model):
@@ -318,7 +318,7 @@ def test_an_interruption_waits_for_imports(run, model, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "orcd_jax.language_model", Module())
     assert run("-m", model, "-p", "hello")[0] == 130
-    assert ended == ["check_values", "load"]
+    assert ended[-2:] == ["check_values", "load"]
 
 
 def test_an_interruption_may_come_back_as_another_exception(run, model, monkeypatch):
