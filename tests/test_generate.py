@@ -15,6 +15,7 @@ from orcd_jax.generate import DEFAULT_MODEL, main
 from orcd_jax.language_model import LanguageModel
 
 ROOT = Path(__file__).parent.parent
+ON_CPU = os.environ | {"JAX_PLATFORMS": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def run(capsys, monkeypatch):
 
 def process(*argv, env=(), **options):
     """The command line as a process of its own, on the CPU."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **dict(env)}
+    environment = ON_CPU | dict(env)
     return subprocess.Popen(
         [sys.executable, "-m", "orcd_jax.generate", *map(str, argv)], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
@@ -121,7 +122,7 @@ def test_what_stdout_cannot_express_becomes_a_question_mark(model):
 def test_streams_may_be_closed(model):
     for streams, is_printed in ((">&-", False), ("2>&-", True), (">&- 2>&- <&-", False)):
         command = f'exec "{sys.executable}" -m orcd_jax.generate -m "{model}" -p hello -n 3 --seed 1 {streams}'
-        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, shell=True, cwd=ROOT, env=ON_CPU, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0 and "Traceback" not in done.stderr
         assert bool(done.stdout) == is_printed
 
@@ -140,7 +141,7 @@ def test_a_conversation_survives_a_message_that_does_not_fit(model):
 def test_a_conversation_reads_any_bytes(model):
     child = subprocess.Popen(
         [sys.executable, "-m", "orcd_jax.generate", "-m", model, "-i", "-n", "2", "-q"], cwd=ROOT,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=ON_CPU | {"PYTHONIOENCODING": "utf-8:strict"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )  # fmt: skip
     _, err = child.communicate(b"hi \xff\xfe\n", timeout=120)
