@@ -15,12 +15,10 @@ from bench import common
 from orcd_jax.cache_policy import CachePolicy
 from orcd_jax.language_model import LanguageModel
 
-TEXT = Path(__file__).parent.parent / "tests" / "data" / "prose.txt"
-
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--file", type=Path, default=TEXT, help="the text (default: the one of the tests)")
+    parser.add_argument("--file", type=Path, default=common.PROSE, help="the text (default: the one of the tests)")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--plot", type=Path, help="write a plot of perplexity by position to this PNG")
     args = parser.parse_args()
@@ -47,10 +45,7 @@ def main() -> None:
         print(f"{name:<20}{overall:>12.3f}{overall / rows[0]['perplexity'] - 1:>+10.2%}{last:>14.3f}{held:>14,}")
     if args.plot:
         plot(curves, args.plot, f"{model.config.name}, window {window}")
-    common.finish(
-        {"bench": "cache_policies", "model": model.config.name, "weights": model.weights, **where,
-         "tokens": len(ids), "rows": rows}, args.json,
-    )  # fmt: skip
+    common.finish(model, None, {"bench": "cache_policies", "tokens": len(ids), "rows": rows}, args.json)
 
 
 def plot(curves: dict[str, np.ndarray], path: Path, title: str) -> None:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: their arguments, the device's measured ceiling, statistics, and the JSON line."""
+"""What the benchmarks share: their arguments, models, the device's measured ceilings, statistics, and the JSON line."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import islice, product
+from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 import orcd_jax
 from orcd_jax.config import ModelConfig
 from orcd_jax.device import select_device
 from orcd_jax.language_model import LanguageModel, choose_weights, configure
 from orcd_jax.loader import random_params
+
+PROSE = Path(__file__).parent.parent / "tests" / "data" / "prose.txt"
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -36,28 +44,89 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def load(args: argparse.Namespace) -> LanguageModel:
-    """The model of `--model`, or one of `--preset`'s shapes with random weights and the default model's tokeniser."""
+    """The model of `--model`, or one of `--preset`'s shapes with random weights and a made-up vocabulary."""
     if args.preset is None:
         return orcd_jax.load(args.model, weights=args.weights, device=args.device)
     device = select_device(args.device)
     config = ModelConfig.from_preset(args.preset)
     weights = choose_weights(args.weights, {"Q8_0"}, config, device)
     config = configure(config, weights, device)
-    tokenizer = orcd_jax.Tokenizer.from_gguf(orcd_jax.hub.resolve(orcd_jax.hub.DEFAULT_MODEL))
     return LanguageModel(
-        config, random_params(config, weights, device), tokenizer, None,
+        config, random_params(config, weights, device), vocabulary(config.vocab_size), None,
         context=config.context_length, weights=weights, device=device,
     )  # fmt: skip
 
 
-def read_bandwidth(device: jax.Device, size: int = 1 << 29) -> float:
-    """Bytes a second that a matrix-vector product of `size` bytes in float32 reads: the ceiling of decoding here."""
-    width = 4096
+def vocabulary(size: int) -> orcd_jax.Tokenizer:
+    """A byte-level vocabulary of made-up words: it costs the host, token by token, what a real one does."""
+    letters = (chr(c) for c in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x144)))  # GPT-2's 256 bytes
+    words = ("Ġ" + "".join(word) for length in (2, 3, 4) for word in product(ascii_lowercase, repeat=length))
+    texts = [*letters, *islice(words, size - 256)]
+    return orcd_jax.Tokenizer(
+        {
+            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.tokens": texts,
+            "tokenizer.ggml.merges": [],
+        }
+    )  # fmt: skip
+
+
+def token_stream(model: LanguageModel, args: argparse.Namespace, count: int) -> list[int]:
+    """Tokens to make prompts from: of the tests' prose, repeated, or random ones for random weights."""
+    if args.preset is not None:
+        return np.random.default_rng(0).integers(0, model.config.vocab_size, count).tolist()
+    ids = model.encode_prompt(PROSE.read_text(encoding="utf-8"))
+    return (ids * -(-count // len(ids)))[:count]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device does at best, measured."""
+
+    read_bytes_s: float  # a matrix-vector product's reads
+    matmul_flops_s: float  # a large square matrix product in the activations' dtype
+
+    def seconds(self, read: float, flops: float) -> float:
+        """The least time for so many bytes and operations."""
+        return max(read / self.read_bytes_s, flops / self.matmul_flops_s)
+
+    def __str__(self) -> str:
+        return f"measured ceilings: {self.read_bytes_s / 1e9:.1f} GB/s, {self.matmul_flops_s / 1e12:.2f} TFLOP/s"
+
+
+def ceilings(device: jax.Device, dtype: jnp.dtype) -> Ceilings:
+    """Measure a device: reads of half a GiB or more, and products of matrices in `dtype`."""
+    on_cpu = device.platform == "cpu"
     with jax.default_device(device):
-        matrix = jnp.ones((size // 4 // width, width), jnp.float32)
-        product = jax.jit(lambda m, v: jnp.einsum("oi,i->o", m, v))
-        vector = jnp.ones(width, jnp.float32)
-        return size / min(measure(lambda: jax.block_until_ready(product(matrix, vector)), 10))
+        return Ceilings(_read_bandwidth(1 << (29 if on_cpu else 32)), _matmul_rate(1 << (11 if on_cpu else 13), dtype))
+
+
+def _read_bandwidth(size: int, rounds: int = 8) -> float:
+    """Bytes a second that matrix-vector products with a matrix of `size` bytes in float32 read: decoding's ceiling."""
+    width = 4096
+    matrix = jnp.ones((size // 4 // width, width), jnp.float32)
+
+    @jax.jit
+    def products(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+        def once(vector: jax.Array, _: None) -> tuple[jax.Array, None]:
+            out = jnp.einsum("oi,i->o", matrix, vector)
+            return vector + 1e-9 * out[:width], None  # so that each waits for the last
+
+        return lax.scan(once, vector, None, length=rounds)[0]
+
+    vector = jnp.ones(width, jnp.float32)
+    return rounds * size / min(measure(lambda: jax.block_until_ready(products(matrix, vector)), 5))
+
+
+def _matmul_rate(width: int, dtype: jnp.dtype, rounds: int = 4) -> float:
+    """Operations a second of products of square matrices."""
+
+    @jax.jit
+    def products(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.fori_loop(0, rounds, lambda _, x: x @ w, x)
+
+    key = jax.random.key(0)
+    x, w = (jax.random.normal(k, (width, width), dtype) * width**-0.5 for k in jax.random.split(key))
+    return rounds * 2 * width**3 / min(measure(lambda: jax.block_until_ready(products(x, w)), 5))
 
 
 def measure(call: Callable[[], Any], repeat: int) -> list[float]:
@@ -99,10 +168,28 @@ def processor() -> str:
     return f"{name or platform.machine()}, {psutil.cpu_count()} cores"
 
 
-def finish(result: dict[str, Any], path: str | None) -> None:
+def per_cent(values: Sequence[float]) -> str:
+    """How far apart measured values lie, as a share of their median."""
+    return f"±{(max(values) - min(values)) / 2 / statistics.median(values):.1%}"
+
+
+def headline(model: LanguageModel, ceilings: Ceilings) -> None:
+    """Say what is measured, where, and what the device can do."""
+    where = environment(model.device)
+    print(f"{model.config.name}, weights {model.weights}, on {where['device']}, jax {where['jax']}")
+    print(ceilings, flush=True)
+
+
+def finish(model: LanguageModel, ceilings: Ceilings | None, result: dict[str, Any], path: str | None) -> None:
+    """Print a result on a model as the last line, one JSON object, and write it to `path` if there is one."""
+    measured = asdict(ceilings) if ceilings is not None else {}
+    head = {"model": model.config.name, "weights": model.weights, **environment(model.device), **measured}
+    emit({"bench": result.pop("bench"), **head, **result}, path)
+
+
+def emit(result: dict[str, Any], path: str | None) -> None:
     """Print the result as the last line, one JSON object, and write it to `path` if there is one."""
     line = json.dumps(result)
     if path:
-        with open(path, "w") as f:
-            f.write(line + "\n")
+        Path(path).write_text(line + "\n", encoding="utf-8")
     print(line)

@@ -1,51 +1,114 @@
 """How long does a request take, from the first token to the last?
 
-Time to first token by prompt length, and tokens a second of greedy decoding as the caller gets them (on the host),
-batch 1, compiled beforehand. Beside the rate stands its ceiling: the device's measured read bandwidth over the bytes
-that a step must read (weights once, cache once).
+Requests: time to first token and tokens a second of greedy decoding as the caller gets them (text on the host), by
+batch and prompt length, compiled beforehand. Steps: the decode program alone on caches that are filled already. Beside
+a rate stands its ceiling: the device's measured read bandwidth over the bytes that a step must read (weights once,
+cache once); for prefill the measured matrix rate over the operations. `--guide`: 5 requests to warm up, then 100 of 10
+tokens, temperature 1, as this project's first performance guide had it.
 """
 
 from __future__ import annotations
 
+import argparse
+import time
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 
 from bench import common
+from orcd_jax.language_model import GREEDY, LanguageModel
+from orcd_jax.probe import Probe
+from orcd_jax.sampling import Sampling
 
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[10, 128, 512], help="prompt lengths in tokens")
-    parser.add_argument("--new-tokens", type=int, default=128)
+    add = parser.add_argument
+    add("--prompts", type=int, nargs="*", default=[10, 128, 512, 2048], help="prompt lengths at batch 1")
+    add("--batch", type=int, nargs="*", default=[8], help="batch sizes, with prompts of 128 tokens")
+    add("--sampled", type=int, nargs="*", default=[1], help="batch sizes with default sampling too")
+    add("--cache", type=int, nargs="*", default=[128, 1024, 4000], help="cache lengths of single decode steps")
+    add("--new-tokens", type=int, default=128)
+    add("--guide", action="store_true", help="the first performance guide's benchmark in place of the others")
     args = parser.parse_args()
-    lengths = args.prompts[:1] if args.quick else args.prompts
-    new_tokens, repeat = (16, 2) if args.quick else (args.new_tokens, args.repeat)
+    if args.quick:
+        args.prompts, args.batch, args.cache = args.prompts[:1], args.batch[:1], args.cache[:1]
+        args.new_tokens, args.repeat = 16, 2
 
     model = common.load(args)
-    bandwidth = common.read_bandwidth(model.device)
-    environment = common.environment(model.device)
-    print(f"{model.config.name}, weights {model.weights}, on {environment['device']}, jax {environment['jax']}")
-    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s, measured")
-    print(f"{'prompt':>8}{'first token':>14}{'decode':>16}{'spread':>16}{'ceiling':>10}{'share':>7}")
-    rows = []
-    for length in lengths:
-        prompt = np.random.default_rng(0).integers(0, 1000, length).tolist()
-        runs = [model.generate([prompt], new_tokens, ignore_eos=True)[0].timings for _ in range(repeat + 1)][1:]
-        rate = common.spread([run.decode_tok_s for run in runs])
-        first = common.spread([run.ttft_s for run in runs])
-        held = length + new_tokens // 2
-        ceiling = bandwidth / model.config.step_bytes(model.weights, 1, held)
-        rows.append({"prompt_tokens": length, "ttft_s": first, "decode_tok_s": rate, "ceiling_tok_s": ceiling})
-        print(
-            f"{length:>8}{first['median'] * 1e3:>11.1f} ms{rate['median']:>10.1f} tok/s"
-            f"{rate['min']:>8.1f} -{rate['max']:>6.1f}{ceiling:>10.1f}{rate['median'] / ceiling:>7.0%}"
+    ceilings = common.ceilings(model.device, model.config.activation_dtype)
+    common.headline(model, ceilings)
+    if args.guide:
+        measured = {"guide": guide(model, args)}
+    else:
+        measured = {"requests": list(requests(model, args, ceilings)), "steps": list(steps(model, args, ceilings))}
+    common.finish(model, ceilings, {"bench": "latency", "repeat": args.repeat, **measured}, args.json)
+
+
+def requests(model: LanguageModel, args: argparse.Namespace, ceilings: common.Ceilings) -> Iterator[dict[str, Any]]:
+    """One row for each kind of request."""
+    print(f"{'batch':>6}{'prompt':>8}{'sampling':>10}{'first token':>14}{'prefill':>16}{'decode':>18}{'ceiling':>11}"
+          f"{'share':>7}{'compile':>10}")  # fmt: skip
+    kinds = [(1, length, GREEDY) for length in args.prompts]
+    kinds += [(batch, 128, GREEDY) for batch in args.batch]
+    kinds += [(batch, 128, Sampling()) for batch in args.sampled]
+    for batch, length, sampling in kinds:
+        length = min(length, model.context - args.new_tokens)
+        prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, length)).tolist()
+        runs = [
+            model.generate(prompts, args.new_tokens, sampling, ignore_eos=True)[0].timings
+            for _ in range(args.repeat + 1)
+        ]
+        first, *rest = runs
+        rate = common.spread([run.decode_tok_s for run in rest])
+        ttft = common.spread([run.ttft_s for run in rest])
+        prefill = common.spread([run.prefill_tok_s for run in rest])
+        bytes_a_step = model.config.step_bytes(model.weights, batch, length + args.new_tokens // 2)
+        ceiling = batch * min(
+            ceilings.read_bytes_s / bytes_a_step, ceilings.matmul_flops_s / batch / model.config.token_flops(length)
         )
-    common.finish(
-        {
-            "bench": "latency", "model": model.config.name, "weights": model.weights, **environment,
-            "read_bytes_s": bandwidth, "new_tokens": new_tokens, "repeat": repeat, "rows": rows,
-        },
-        args.json,
-    )  # fmt: skip
+        name = "greedy" if sampling is GREEDY else "default"
+        print(f"{batch:>6}{length:>8}{name:>10}{ttft['median'] * 1e3:>11.2f} ms{prefill['median']:>10.0f} tok/s"
+              f"{rate['median']:>12.1f} tok/s{ceiling:>11.1f}{rate['median'] / ceiling:>7.1%}"
+              f"{first.compile_s:>8.1f} s", flush=True)  # fmt: skip
+        yield {
+            "batch": batch, "prompt_tokens": length, "new_tokens": args.new_tokens, "sampling": name, "ttft_s": ttft,
+            "prefill_tok_s": prefill, "prefill_ceiling_tok_s": ceilings.matmul_flops_s / model.config.token_flops(),
+            "decode_tok_s": rate, "ceiling_tok_s": ceiling, "compile_s": first.compile_s,
+        }  # fmt: skip
+
+
+def steps(model: LanguageModel, args: argparse.Namespace, ceilings: common.Ceilings) -> Iterator[dict[str, Any]]:
+    """One row for each cache length of a decode step at batch 1."""
+    count, chunks = (4, 1) if args.quick else (32, 4) if model.device.platform == "gpu" else (8, 1)
+    print(f"{'cache':>6}{'a step':>12}{'spread':>9}{'ceiling':>12}{'share':>7}")
+    for held in args.cache:
+        held = min(held, model.context - count)
+        probe = Probe(model, 1, held, steps=count)
+        times = [seconds / (count * chunks) for seconds in common.measure(lambda p=probe: p.run(chunks), args.repeat)]
+        time = common.spread(times)
+        least = model.config.step_bytes(model.weights, 1, held + count // 2) / ceilings.read_bytes_s
+        print(f"{held:>6}{time['median'] * 1e3:>9.3f} ms{common.per_cent(times):>9}{least * 1e3:>9.3f} ms"
+              f"{least / time['median']:>7.1%}", flush=True)  # fmt: skip
+        yield {"cache_tokens": held, "step_s": time, "ceiling_s": least, "compile_s": probe.compile_s}
+
+
+def guide(model: LanguageModel, args: argparse.Namespace) -> dict[str, float]:
+    """Five requests to warm up, then 100 of 10 tokens after a prompt of 5."""
+
+    def request() -> None:
+        model.generate([[1, 2, 3, 4, 5]], 10, Sampling(temperature=1.0), seed=42, ignore_eos=True)
+
+    for _ in range(5):
+        request()
+    iterations = 10 if args.quick else 100
+    start = time.perf_counter()
+    for _ in range(iterations):
+        request()
+    latency = (time.perf_counter() - start) / iterations
+    print(f"average latency {latency * 1e3:.2f} ms, {1 / latency:.1f} requests/s, {10 / latency:.1f} tok/s")
+    return {"iterations": iterations, "latency_s": latency, "requests_s": 1 / latency, "tok_s": 10 / latency}
 
 
 if __name__ == "__main__":
