@@ -7,9 +7,8 @@ import datetime
 import json
 import platform
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice, product
 from pathlib import Path
@@ -17,15 +16,14 @@ from string import ascii_lowercase
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 import orcd_jax
 from orcd_jax.config import ModelConfig
 from orcd_jax.device import select_device
 from orcd_jax.language_model import LanguageModel, choose_weights, configure
 from orcd_jax.loader import random_params
+from orcd_jax.probe import Ceilings
 
 PROSE = Path(__file__).parent.parent / "tests" / "data" / "prose.txt"
 
@@ -76,68 +74,6 @@ def token_stream(model: LanguageModel, args: argparse.Namespace, count: int) -> 
         return np.random.default_rng(0).integers(0, model.config.vocab_size, count).tolist()
     ids = model.encode_prompt(PROSE.read_text(encoding="utf-8"))
     return (ids * -(-count // len(ids)))[:count]
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What a device does at best, measured."""
-
-    read_bytes_s: float  # a matrix-vector product's reads
-    matmul_flops_s: float  # a large square matrix product in the activations' dtype
-
-    def seconds(self, read: float, flops: float) -> float:
-        """The least time for so many bytes and operations."""
-        return max(read / self.read_bytes_s, flops / self.matmul_flops_s)
-
-    def __str__(self) -> str:
-        return f"measured ceilings: {self.read_bytes_s / 1e9:.1f} GB/s, {self.matmul_flops_s / 1e12:.2f} TFLOP/s"
-
-
-def ceilings(device: jax.Device, dtype: jnp.dtype) -> Ceilings:
-    """Measure a device: reads of half a GiB or more, and products of matrices in `dtype`."""
-    on_cpu = device.platform == "cpu"
-    with jax.default_device(device):
-        return Ceilings(_read_bandwidth(1 << (29 if on_cpu else 32)), _matmul_rate(1 << (11 if on_cpu else 13), dtype))
-
-
-def _read_bandwidth(size: int, rounds: int = 8) -> float:
-    """Bytes a second that matrix-vector products with a matrix of `size` bytes in float32 read: decoding's ceiling."""
-    width = 4096
-    matrix = jnp.ones((size // 4 // width, width), jnp.float32)
-
-    @jax.jit
-    def products(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-        def once(vector: jax.Array, _: None) -> tuple[jax.Array, None]:
-            out = jnp.einsum("oi,i->o", matrix, vector)
-            return vector + 1e-9 * out[:width], None  # so that each waits for the last
-
-        return lax.scan(once, vector, None, length=rounds)[0]
-
-    vector = jnp.ones(width, jnp.float32)
-    return rounds * size / min(measure(lambda: jax.block_until_ready(products(matrix, vector)), 5))
-
-
-def _matmul_rate(width: int, dtype: jnp.dtype, rounds: int = 4) -> float:
-    """Operations a second of products of square matrices."""
-
-    @jax.jit
-    def products(x: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.fori_loop(0, rounds, lambda _, x: x @ w, x)
-
-    key = jax.random.key(0)
-    x, w = (jax.random.normal(k, (width, width), dtype) * width**-0.5 for k in jax.random.split(key))
-    return rounds * 2 * width**3 / min(measure(lambda: jax.block_until_ready(products(x, w)), 5))
-
-
-def measure(call: Callable[[], Any], repeat: int) -> list[float]:
-    """Seconds that each of `repeat` calls took, after one to warm up."""
-    call()
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return times
 
 
 def spread(values: list[float]) -> dict[str, float]:

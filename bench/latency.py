@@ -18,7 +18,7 @@ import numpy as np
 
 from bench import common
 from orcd_jax.language_model import GREEDY, LanguageModel
-from orcd_jax.probe import Probe
+from orcd_jax.probe import Ceilings, Probe, measure, measure_ceilings
 from orcd_jax.sampling import Sampling
 
 
@@ -37,7 +37,7 @@ def main() -> None:
         args.new_tokens, args.repeat = 16, 2
 
     model = common.load(args)
-    ceilings = common.ceilings(model.device, model.config.activation_dtype)
+    ceilings = measure_ceilings(model.device, model.config.activation_dtype)
     common.headline(model, ceilings)
     if args.guide:
         measured = {"guide": guide(model, args)}
@@ -46,7 +46,7 @@ def main() -> None:
     common.finish(model, ceilings, {"bench": "latency", "repeat": args.repeat, **measured}, args.json)
 
 
-def requests(model: LanguageModel, args: argparse.Namespace, ceilings: common.Ceilings) -> Iterator[dict[str, Any]]:
+def requests(model: LanguageModel, args: argparse.Namespace, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
     """One row for each kind of request."""
     print(f"{'batch':>6}{'prompt':>8}{'sampling':>10}{'first token':>14}{'prefill':>16}{'decode':>18}{'ceiling':>11}"
           f"{'share':>7}{'compile':>10}")  # fmt: skip
@@ -79,14 +79,14 @@ def requests(model: LanguageModel, args: argparse.Namespace, ceilings: common.Ce
         }  # fmt: skip
 
 
-def steps(model: LanguageModel, args: argparse.Namespace, ceilings: common.Ceilings) -> Iterator[dict[str, Any]]:
+def steps(model: LanguageModel, args: argparse.Namespace, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
     """One row for each cache length of a decode step at batch 1."""
     count, chunks = (4, 1) if args.quick else (32, 4) if model.device.platform == "gpu" else (8, 1)
     print(f"{'cache':>6}{'a step':>12}{'spread':>9}{'ceiling':>12}{'share':>7}")
     for held in args.cache:
         held = min(held, model.context - count)
         probe = Probe(model, 1, held, steps=count)
-        times = [seconds / (count * chunks) for seconds in common.measure(lambda p=probe: p.run(chunks), args.repeat)]
+        times = [seconds / (count * chunks) for seconds in measure(lambda p=probe: p.run(chunks), args.repeat)]
         time = common.spread(times)
         least = model.config.step_bytes(model.weights, 1, held + count // 2) / ceilings.read_bytes_s
         print(f"{held:>6}{time['median'] * 1e3:>9.3f} ms{common.per_cent(times):>9}{least * 1e3:>9.3f} ms"

@@ -48,7 +48,8 @@ class Attention(_Module):
                 x, norm, qkv, bias, *angles,
                 n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, eps=config.rms_norm_eps,
             )  # fmt: skip
-            stored, segments = cache.update(0, k, v, positions, valid)
+            with jax.named_scope("cache"):
+                stored, segments = cache.update(0, k, v, positions, valid)
         else:
             cos, sin = angles
             q, keys, values = qkv_rope_store(

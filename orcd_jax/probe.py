@@ -1,15 +1,17 @@
-"""The engine's programs alone, on caches that already hold tokens, for benchmarks and profiles."""
+"""The engine's programs alone, on caches that already hold tokens, and what the device can do: to measure with."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from orcd_jax import decoding
 from orcd_jax.language_model import GREEDY, LanguageModel
@@ -105,3 +107,65 @@ def _random_cache(state: decoding.DecodeState) -> decoding.DecodeState:
         return jax.random.uniform(key, x.shape, x.dtype) / (100 if x.ndim == 3 else 1)  # scales are small
 
     return replace(state, cache=replace(state.cache, layers=jax.tree.map(fill, state.cache.layers)))
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device does at best, measured."""
+
+    read_bytes_s: float  # a matrix-vector product's reads
+    matmul_flops_s: float  # a large square matrix product in the activations' dtype
+
+    def seconds(self, read: float, flops: float) -> float:
+        """The least time for so many bytes and operations."""
+        return max(read / self.read_bytes_s, flops / self.matmul_flops_s)
+
+    def __str__(self) -> str:
+        return f"measured ceilings: {self.read_bytes_s / 1e9:.1f} GB/s, {self.matmul_flops_s / 1e12:.2f} TFLOP/s"
+
+
+def measure_ceilings(device: jax.Device, dtype: jnp.dtype) -> Ceilings:
+    """Measure a device: reads of half a GiB or more, and products of matrices in `dtype`."""
+    on_cpu = device.platform == "cpu"
+    with jax.default_device(device):
+        return Ceilings(_read_bandwidth(1 << (29 if on_cpu else 32)), _matmul_rate(1 << (11 if on_cpu else 13), dtype))
+
+
+def _read_bandwidth(size: int, rounds: int = 8) -> float:
+    """Bytes a second that matrix-vector products with a matrix of `size` bytes in float32 read: decoding's ceiling."""
+    width = 4096
+    matrix = jnp.ones((size // 4 // width, width), jnp.float32)
+
+    @jax.jit
+    def products(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+        def once(vector: jax.Array, _: None) -> tuple[jax.Array, None]:
+            out = jnp.einsum("oi,i->o", matrix, vector)
+            return vector + 1e-9 * out[:width], None  # so that each waits for the last
+
+        return lax.scan(once, vector, None, length=rounds)[0]
+
+    vector = jnp.ones(width, jnp.float32)
+    return rounds * size / min(measure(lambda: jax.block_until_ready(products(matrix, vector)), 5))
+
+
+def _matmul_rate(width: int, dtype: jnp.dtype, rounds: int = 4) -> float:
+    """Operations a second of products of square matrices."""
+
+    @jax.jit
+    def products(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.fori_loop(0, rounds, lambda _, x: x @ w, x)
+
+    key = jax.random.key(0)
+    x, w = (jax.random.normal(k, (width, width), dtype) * width**-0.5 for k in jax.random.split(key))
+    return rounds * 2 * width**3 / min(measure(lambda: jax.block_until_ready(products(x, w)), 5))
+
+
+def measure(call: Callable[[], Any], repeat: int) -> list[float]:
+    """Seconds that each of `repeat` calls took, after one to warm up."""
+    call()
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times

@@ -66,7 +66,7 @@ def dispatch(
     if name is not None:
         if name not in implementations:
             raise NotImplementedError(f"{op} has no implementation {name!r}; it has {', '.join(implementations)}")
-        return _run(implementations, name, *args, **kwargs)
+        return _run(op, implementations, name, *args, **kwargs)
     first = preferred()
     if first is not None and first not in implementations:
         _log.warning("%s has no implementation %r; using the next", op, first)
@@ -74,14 +74,15 @@ def dispatch(
     order = sorted(able, key=lambda candidate: candidate != first)  # stable: the rest keep their order
     for candidate in order[:-1]:
         try:
-            return _run(implementations, candidate, *args, **kwargs)
+            return _run(op, implementations, candidate, *args, **kwargs)
         except NotImplementedError as reason:
             _log.warning("%s: %s cannot run this (%s); using the next implementation", op, candidate, reason)
-    return _run(implementations, order[-1], *args, **kwargs)
+    return _run(op, implementations, order[-1], *args, **kwargs)
 
 
-def _run(implementations: Mapping[str, Callable[..., Any]], name: str, *args: Any, **kwargs: Any) -> Any:
+def _run(op: str, implementations: Mapping[str, Callable[..., Any]], name: str, *args: Any, **kwargs: Any) -> Any:
     if name == "mosaic_gpu" and jax.version.__version_info__ < _KERNELS_NEED:
         needed = ".".join(map(str, _KERNELS_NEED))
         raise NotImplementedError(f"kernels need jax {needed} or newer, not {jax.__version__}")
-    return implementations[name](*args, **kwargs)
+    with jax.named_scope(op):  # by which a profile knows its kernels
+        return implementations[name](*args, **kwargs)

@@ -21,6 +21,7 @@ from pallas_kernels.quant_matmul import reference as matmul
 from pallas_kernels.rms_norm import rms_norm
 
 
+@jax.named_scope("rope")
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate the first R dimensions of each head of x [B, T, heads, H] by angles given as cos, sin [B, T, R/2]."""
     half = cos.shape[-1]
@@ -71,6 +72,7 @@ def store_reference(
     return q, *store(k, v, keys, values, slots)
 
 
+@jax.named_scope("cache")
 def store(
     k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, slots: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
+@jax.named_scope("rms_norm")
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Normalise the last axis of x [..., D] and multiply it by scale [D]; the result has x's dtype."""
     wide = x.astype(jnp.float32)

@@ -1,0 +1,311 @@
+"""The component table: `python -m orcd_jax.profile MODEL` prints where the time of a prefill and of a decode step goes.
+
+Kernels are known by the `named_scope`s that their HLO instructions carry, found through the profiler's trace. While
+the profiler runs, XLA captures no command buffers, so that gaps between kernels are longer than they are without it:
+the whole program's time without the profiler stands beside the table's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import statistics
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from orcd_jax import hub
+from orcd_jax.config import ModelConfig, array_bytes
+from orcd_jax.errors import OrcdJaxError
+from orcd_jax.language_model import LanguageModel, load
+from orcd_jax.probe import Ceilings, Probe, measure, measure_ceilings
+
+# The innermost of these scopes that an instruction's name has says what it belongs to.
+_SCOPES = {
+    "embedding": "embedding",
+    "rms_norm": "norms",
+    "norm": "norms",
+    "rope": "RoPE",
+    "qkv_rope": "q, k, v projection",
+    "qkv_rope_store": "q, k, v projection",
+    "cache": "cache write",
+    "flash_attention": "attention",
+    "flash_decode": "attention",
+    "attention": "output projection",
+    "swiglu": "SwiGLU",
+    "head": "head",
+    "sampling": "sampling",
+}
+COMPONENTS = (*dict.fromkeys(_SCOPES.values()), "rest", "gaps")
+# They contain other instructions, which have events of their own.
+_CONTAINERS = ("while", "conditional", "call", "async-start", "async-done")
+
+# A matrix product on a CPU may have lost its name: then its weights say what it is.
+_WEIGHTS = {
+    "qkv": "q, k, v projection",
+    "out": "output projection",
+    "gate_up": "SwiGLU",
+    "down": "SwiGLU",
+    "embedding": "head",
+    "head": "head",
+}
+_PRODUCTS = ("dot", "fusion", "custom-call")
+
+
+@dataclass(frozen=True)
+class Component:
+    """A row of the table, per step."""
+
+    name: str
+    seconds: float
+    read_bytes: int  # that it must at least read, or write for the cache; 0 where that says nothing
+    flops: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A program's components, whose times add up to `traced_s`."""
+
+    components: list[Component]
+    traced_s: float  # a step, from the first kernel's beginning to the last one's end
+    untraced_s: float  # a step without the profiler: median, with command buffers
+    spread: float  # half the range of those measurements, as a share of the median
+    unknown: dict[str, float]  # the rest's instructions, seconds a step
+
+
+def component_of(op_name: str) -> str:
+    """The component that the scopes in an instruction's `op_name` say."""
+    return next((_SCOPES[part] for part in reversed(op_name.split("/")) if part in _SCOPES), "rest")
+
+
+class Program:
+    """The instructions of a compiled program, from its text (HLO)."""
+
+    _instruction = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?[\])}] ([a-z][a-z\-]*)\(([^)]*)\)(.*)$")
+    _computation = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
+
+    def __init__(self, text: str):
+        self._found: dict[str, tuple[str, list[str], str]] = {}  # opcode, operands, attributes
+        inside: dict[str, list[str]] = {}
+        computation = ""
+        for line in text.splitlines():
+            if header := self._computation.match(line):
+                computation = header[1]
+            elif match := self._instruction.match(line):
+                name, opcode, operands, rest = match.groups()
+                self._found[name] = (opcode, re.findall(r"%([\w.\-]+)", operands), rest)
+                inside.setdefault(computation, []).append(name)
+        self._inside = inside
+        self._loops = {self._attribute(n, "body"): n for n, found in self._found.items() if found[0] == "while"}
+        self._home = {name: computation for computation, names in inside.items() for name in names}
+
+    def opcode(self, name: str) -> str:
+        """The opcode of an instruction, empty if there is none of that name."""
+        return self._found[name][0] if name in self._found else ""
+
+    def component(self, name: str) -> str:
+        """What an instruction belongs to: by its own name, by those inside it if it is a fusion, or by its weights."""
+        if name not in self._found:
+            return "rest"
+        opcode, operands, _ = self._found[name]
+        own = component_of(self._op_name(name))
+        if own != "rest" or opcode not in _PRODUCTS:
+            return own
+        weights = (re.search(r"(\w+)\\?'\]$", self._op_name(self._source(operand))) for operand in operands)
+        by_weights = next((_WEIGHTS[w[1]] for w in weights if w is not None and w[1] in _WEIGHTS), "rest")
+        if by_weights != "rest":
+            return by_weights
+        parts = Counter(
+            component_of(self._op_name(part)) for part in self._inside.get(self._attribute(name, "calls"), [])
+        )
+        del parts["rest"]
+        return parts.most_common(1)[0][0] if parts else "rest"
+
+    def _attribute(self, name: str, key: str) -> str:
+        match = re.search(rf"\b{key}=%?([\w.\-]+)", self._found[name][2])
+        return match[1] if match else ""
+
+    def _op_name(self, name: str) -> str:
+        match = re.search(r'op_name="([^"]*)"', self._found[name][2]) if name in self._found else None
+        return match[1] if match else ""
+
+    def _source(self, name: str) -> str:
+        """Where a value comes from, through copies and the carried state of loops."""
+        for _ in range(16):
+            opcode, operands, _ = self._found.get(name, ("", [], ""))
+            if opcode in ("copy", "bitcast"):
+                name = operands[0]
+            elif opcode == "get-tuple-element":
+                source, index = operands[0], int(self._attribute(name, "index"))
+                if self.opcode(source) == "parameter":
+                    source = self._loops.get(self._home[source], "")
+                    source = self._found[source][1][0] if source else ""
+                if self.opcode(source) != "tuple":
+                    break
+                name = self._found[source][1][index]
+            else:
+                break
+        return name
+
+
+def profile(model: LanguageModel, batch: int, held: int, prompt: int | None, repeat: int = 5) -> Profile:
+    """Trace one program and divide its time.
+
+    Args:
+      model: whose engine to look at.
+      batch: rows.
+      held: tokens in each row's cache before.
+      prompt: tokens a row of a prefill; None: decode.
+      repeat: measurements without the profiler.
+    """
+    steps = 8 if prompt is None else 1
+    probe = Probe(model, batch, held, prompt=prompt, steps=steps)
+    times = [seconds / steps for seconds in measure(probe.run, repeat)]
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            probe.run()
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        program = Program(probe.compiled.as_text())
+        spans, total = shares(_events(jax.profiler.ProfileData.from_file(str(file)), program))
+    seconds: Counter[str] = Counter()
+    unknown: Counter[str] = Counter()
+    for name, span in spans.items():
+        component = "gaps" if name is None else program.component(name)
+        seconds[component] += span / steps
+        if component == "rest":
+            unknown[re.sub(r"[.\d]+$", "", str(name))] += span / steps
+    work = component_work(model.config, model.weights, batch, held + (steps // 2 if prompt is None else 0), prompt or 1)
+    median = statistics.median(times)
+    return Profile(
+        components=[Component(name, seconds[name], *work.get(name, (0, 0))) for name in COMPONENTS],
+        traced_s=total / steps,
+        untraced_s=median,
+        spread=(max(times) - min(times)) / 2 / median,
+        unknown=dict(unknown.most_common()),
+    )
+
+
+def component_work(config: ModelConfig, weights: Any, batch: int, held: int, tokens: int) -> dict[str, tuple[int, int]]:
+    """Bytes that each component must move and operations that it must do for `tokens` a row on `held` cached ones."""
+    shapes, rows = config.layer_shapes(), batch * tokens
+
+    def matrices(*names: tuple[str, str]) -> tuple[int, int]:
+        found = [shapes[module][name] for module, name in names]
+        return (
+            config.n_layers * sum(array_bytes(shape, weights) for shape in found),
+            config.n_layers * 2 * rows * sum(map(math.prod, found)),
+        )
+
+    table = (config.vocab_size, config.d_model)
+    positions = rows * held + batch * tokens * (tokens + 1) // 2
+    if config.sliding_window is not None:
+        positions = min(positions, rows * config.sliding_window)
+    return {
+        "embedding": (rows * array_bytes((1, config.d_model), weights), 0),
+        "q, k, v projection": matrices(("attention", "qkv")),
+        "cache write": (rows * config.cache_bytes(1, 1), 0),
+        "attention": (
+            config.cache_bytes(batch, held + tokens), 4 * config.n_layers * config.n_heads * config.head_dim * positions
+        ),
+        "output projection": matrices(("attention", "out")),
+        "SwiGLU": matrices(("swiglu", "gate_up"), ("swiglu", "down")),
+        "head": (array_bytes(table, weights), 2 * batch * math.prod(table)),
+    }  # fmt: skip
+
+
+def shares(events: Iterable[tuple[float, float, str]]) -> tuple[dict[str | None, float], float]:
+    """Divide time among what ran: each moment belongs in equal parts to all that runs then, or to None.
+
+    Args:
+      events: beginning, end and name of each, in nanoseconds.
+
+    Returns:
+      Seconds by name, and from the first beginning to the last end: their sum.
+    """
+    edges = sorted(edge for start, end, name in events for edge in ((start, 1, name), (end, -1, name)))
+    result: Counter[str | None] = Counter()
+    running: Counter[str] = Counter()
+    for (now, change, name), (following, _, _) in pairwise(edges):
+        running[name] += change
+        active = {key: count for key, count in running.items() if count > 0}
+        total = sum(active.values())
+        for key, count in active.items() if active else [(None, 1)]:
+            result[key] += (following - now) * count / (total or 1) * 1e-9
+    return dict(result), (edges[-1][0] - edges[0][0]) * 1e-9 if edges else 0.0
+
+
+def _events(data: Any, program: Program) -> list[tuple[float, float, str]]:
+    """Beginning, end and HLO instruction of everything that ran for a program."""
+    planes = [plane for plane in data.planes if plane.name.startswith("/device:")]
+    found: list[tuple[float, float, str]] = []
+    ends: dict[int, float] = {}
+    started: list[tuple[float, float, str, int | None]] = []
+    for plane in planes or data.planes:
+        for line in plane.lines:
+            for event in line.events:
+                stats = dict(event.stats)
+                if event.name.startswith("end: "):  # where an operation on a CPU goes on after it has returned
+                    ends[stats.get("_c")] = event.start_ns
+                elif name := stats.get("hlo_op"):
+                    if program.opcode(name) not in _CONTAINERS:
+                        started.append((event.start_ns, event.start_ns + event.duration_ns, name, stats.get("_p")))
+                elif planes and event.duration_ns:
+                    started.append((event.start_ns, event.start_ns + event.duration_ns, event.name, None))
+    found += [(start, max(end, ends.get(key, end)), name) for start, end, name, key in started]
+    return found
+
+
+def table(title: str, result: Profile, ceilings: Ceilings) -> str:
+    """The component table as text."""
+    lines = [f"{title}: {result.traced_s * 1e3:.3f} ms traced, {result.untraced_s * 1e3:.3f} ms without the profiler "
+             f"(±{result.spread:.1%})",
+             f"  {'component':<20}{'time':>12}{'share':>8}{'bytes':>12}{'GB/s':>9}{'of ceiling':>12}"]  # fmt: skip
+    for row in result.components:
+        text = f"  {row.name:<20}{row.seconds * 1e3:>9.3f} ms{row.seconds / result.traced_s:>8.1%}"
+        if row.read_bytes and row.seconds:
+            least = ceilings.seconds(row.read_bytes, row.flops)
+            text += f"{row.read_bytes / 1e6:>9.2f} MB{row.read_bytes / row.seconds / 1e9:>9.1f}"
+            text += f"{least / row.seconds:>12.1%}"
+        lines.append(text)
+    lines.append(f"  {'total':<20}{sum(row.seconds for row in result.components) * 1e3:>9.3f} ms")
+    if result.unknown:
+        largest = [f"{name} {seconds * 1e3:.3f} ms" for name, seconds in list(result.unknown.items())[:6]]
+        lines.append(f"  the rest: {', '.join(largest)}{', ...' if len(result.unknown) > 6 else ''}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line with `argv` (default: the process's) and return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m orcd_jax.profile", description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser.add_argument("model", nargs="?", default=hub.DEFAULT_MODEL, help="as for generate (%(default)s)")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prefill (%(default)s)")
+    parser.add_argument("--cache", type=int, default=1024, help="tokens in the cache at decode (%(default)s)")
+    parser.add_argument("--weights", choices=("auto", "int8", "bf16", "f32"), default="auto")
+    parser.add_argument("--kv-cache", default="full", metavar="POLICY")
+    parser.add_argument("--device", choices=("cpu", "gpu"))
+    args = parser.parse_args(argv)
+    try:
+        model = load(args.model, weights=args.weights, kv_cache=args.kv_cache, device=args.device, progress=True)
+        ceilings = measure_ceilings(model.device, model.config.activation_dtype)
+        print(f"{model.config.name}, weights {model.weights}, batch {args.batch}, on {model.device.device_kind}")
+        print(ceilings)
+        prompt, held = min(args.prompt, model.context), min(args.cache, model.context - 8)
+        print(table(f"prefill of {prompt} tokens", profile(model, args.batch, 0, prompt), ceilings))
+        print(table(f"a decode step after {held} tokens", profile(model, args.batch, held, None), ceilings))
+    except OrcdJaxError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
