@@ -244,23 +244,25 @@ def shares(events: Iterable[tuple[float, float, str]]) -> tuple[dict[str | None,
 
 def _events(data: Any, program: Program) -> list[tuple[float, float, str]]:
     """Beginning, end and HLO instruction of everything that ran for a program."""
-    planes = [plane for plane in data.planes if plane.name.startswith("/device:")]
-    found: list[tuple[float, float, str]] = []
-    ends: dict[int, float] = {}
+    on_device = [plane for plane in data.planes if plane.name.startswith("/device:")]
     started: list[tuple[float, float, str, int | None]] = []
-    for plane in planes or data.planes:
-        for line in plane.lines:
-            for event in line.events:
-                stats = dict(event.stats)
-                if event.name.startswith("end: "):  # where an operation on a CPU goes on after it has returned
-                    ends[stats.get("_c")] = event.start_ns
-                elif name := stats.get("hlo_op"):
-                    if program.opcode(name) not in _CONTAINERS:
-                        started.append((event.start_ns, event.start_ns + event.duration_ns, name, stats.get("_p")))
-                elif planes and event.duration_ns:
-                    started.append((event.start_ns, event.start_ns + event.duration_ns, event.name, None))
-    found += [(start, max(end, ends.get(key, end)), name) for start, end, name, key in started]
-    return found
+    ends: dict[int | None, float] = {}
+    for line in (line for plane in on_device or data.planes for line in plane.lines):
+        for event in line.events:
+            stats = dict(event.stats)
+            name = stats.get("hlo_op") or (event.name if on_device else None)
+            if event.name.startswith("end: "):
+                ends[stats.get("_c")] = event.start_ns
+            elif name is not None and program.opcode(name) not in _CONTAINERS:
+                started.append((event.start_ns, event.start_ns + event.duration_ns, name, stats.get("_p")))
+    started.sort()
+    # On a CPU other threads may still be at work when an operation has returned: until its end is reported (late, if
+    # the reporting thread first goes on), but no longer than until something else begins.
+    begins = [start for start, *_ in started[1:]] + [math.inf]
+    return [
+        (start, max(end, min(ends.get(key, end), following)), name)
+        for (start, end, name, key), following in zip(started, begins, strict=True)
+    ]
 
 
 def table(title: str, result: Profile, ceilings: Ceilings) -> str:
