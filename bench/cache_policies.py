@@ -50,20 +50,13 @@ def main() -> None:
 
 def plot(curves: dict[str, np.ndarray], path: Path, title: str) -> None:
     """Perplexity over the 128 tokens around each position."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    _, axes = plt.subplots(figsize=(8, 4.5))
+    axes = common.axes("position", "perplexity (128 tokens around)", title)
     for name, losses in curves.items():
         smooth = np.convolve(losses, np.full(128, 1 / 128), "valid")
         axes.plot(np.arange(len(smooth)) + 64, np.exp(smooth), label=name, linewidth=1.2)
-    axes.set(xlabel="position", ylabel="perplexity (128 tokens around)", yscale="log", title=title)
+    axes.set_yscale("log")
     axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    plt.tight_layout()
-    plt.savefig(path, dpi=110)
+    common.save(axes, path)
 
 
 if __name__ == "__main__":

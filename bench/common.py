@@ -109,6 +109,25 @@ def per_cent(values: Sequence[float]) -> str:
     return f"±{(max(values) - min(values)) / 2 / statistics.median(values):.1%}"
 
 
+def axes(x: str, y: str, title: str) -> Any:
+    """An empty plot."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    _, result = plt.subplots(figsize=(8, 4.5))
+    result.set(xlabel=x, ylabel=y, title=title)
+    result.grid(alpha=0.3)
+    return result
+
+
+def save(axes: Any, path: Path) -> None:
+    """Write a plot to a PNG."""
+    axes.figure.tight_layout()
+    axes.figure.savefig(path, dpi=110)
+
+
 def headline(model: LanguageModel, ceilings: Ceilings) -> None:
     """Say what is measured, where, and what the device can do."""
     where = environment(model.device)
