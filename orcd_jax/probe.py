@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from orcd_jax import decoding
+from orcd_jax.config import ModelConfig
 from orcd_jax.language_model import GREEDY, LanguageModel
 from orcd_jax.sampling import Sampling, row_keys
 
@@ -52,27 +53,15 @@ class Probe:
         """
         self.held, self._model, self._batch = held, model, batch
         config = model.config
-        slots = slots or held + (prompt or steps)
         with jax.default_device(model.device):
-            self._state = _random_cache(self._start(config, slots, sampling))
-            if prompt is None:
-                self._rest: tuple[Any, ...] = ()
-                call = partial(_decode, config, steps)
-            else:
-                random = np.random.default_rng(0)
-                tokens = random.integers(0, config.vocab_size, (batch, prompt)).astype(np.int32)
-                self._rest = (jnp.asarray(tokens), jnp.full(batch, prompt, jnp.int32))
-                call = partial(_prefill, config)
+            start = partial(_start, config, batch, slots or held + (prompt or steps), sampling)
+            self._state = _random_cache(start())
+            random = np.random.default_rng(0)
+            tokens = random.integers(0, config.vocab_size, (batch, prompt or 0)).astype(np.int32)
+            self._rest = () if prompt is None else (jnp.asarray(tokens), jnp.full(batch, prompt, jnp.int32))
             began = time.perf_counter()
-            program = jax.jit(call, donate_argnums=1)
-            self.compiled = program.lower(model.params, self._state, *self._rest).compile()
+            self.compiled = _compile(model, prompt is None, steps, self._state, *self._rest)
             self.compile_s = time.perf_counter() - began
-
-    def _start(self, config: Any, slots: int, sampling: Sampling) -> decoding.DecodeState:
-        stop_ids = jnp.full((self._batch, decoding.MAX_STOP_IDS), decoding.NO_TOKEN, jnp.int32)
-        remaining = jnp.full(self._batch, _FOREVER, jnp.int32)
-        keys = row_keys(list(range(self._batch)))
-        return decoding.init_state(config, remaining, keys, stop_ids, sampling.rows(self._batch), slots)
 
     def run(self, times: int = 1) -> None:
         """Run the program so often, back to back, and wait for the last one's tokens."""
@@ -84,12 +73,39 @@ class Probe:
         np.asarray(tokens)
 
 
-def _decode(config: Any, steps: int, params: Any, state: decoding.DecodeState) -> Any:
+def program_memory(model: LanguageModel, batch: int, slots: int, *, prompt: int | None = None) -> Any:
+    """XLA's account of a program's memory (`memory_analysis()`), which is compiled and not run.
+
+    Args:
+      prompt: tokens a row of a prefill; None: decode.
+    """
+    state = jax.eval_shape(partial(_start, model.config, batch, slots, GREEDY))
+    shapes = () if prompt is None else ((batch, prompt), (batch,))
+    rest = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
+    with jax.default_device(model.device):
+        return _compile(model, prompt is None, 8, state, *rest).memory_analysis()
+
+
+def _start(config: ModelConfig, batch: int, slots: int, sampling: Sampling) -> decoding.DecodeState:
+    stop_ids = jnp.full((batch, decoding.MAX_STOP_IDS), decoding.NO_TOKEN, jnp.int32)
+    keys = row_keys([0] * batch)
+    remaining = jnp.full(batch, _FOREVER, jnp.int32)
+    return decoding.init_state(config, remaining, keys, stop_ids, sampling.rows(batch), slots)
+
+
+def _compile(model: LanguageModel, decode: bool, steps: int, *args: Any) -> jax.stages.Compiled:
+    call = partial(_decode, model.config, steps) if decode else partial(_prefill, model.config)
+    return jax.jit(call, donate_argnums=1).lower(model.params, *args).compile()
+
+
+def _decode(config: ModelConfig, steps: int, params: Any, state: decoding.DecodeState) -> Any:
     state, emitted = decoding.decode(params, config, state, steps)
     return state, emitted.tokens
 
 
-def _prefill(config: Any, params: Any, state: decoding.DecodeState, tokens: jax.Array, counts: jax.Array) -> Any:
+def _prefill(
+    config: ModelConfig, params: Any, state: decoding.DecodeState, tokens: jax.Array, counts: jax.Array
+) -> Any:
     hidden = jnp.zeros((tokens.shape[0], config.d_model), config.activation_dtype)
     state, hidden = decoding.prefill(params, config, state, hidden, tokens, counts)
     state, emitted = decoding.emit(params, config, state, hidden)

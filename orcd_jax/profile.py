@@ -174,7 +174,7 @@ def profile(model: LanguageModel, batch: int, held: int, prompt: int | None, rep
             probe.run()
         (file,) = Path(folder).rglob("*.xplane.pb")
         program = Program(probe.compiled.as_text())
-        spans, total = shares(_events(jax.profiler.ProfileData.from_file(str(file)), program))
+        spans, total = shares(device_events(jax.profiler.ProfileData.from_file(str(file)), program))
     seconds: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
     for name, span in spans.items():
@@ -242,7 +242,7 @@ def shares(events: Iterable[tuple[float, float, str]]) -> tuple[dict[str | None,
     return dict(result), (edges[-1][0] - edges[0][0]) * 1e-9 if edges else 0.0
 
 
-def _events(data: Any, program: Program) -> list[tuple[float, float, str]]:
+def device_events(data: Any, program: Program) -> list[tuple[float, float, str]]:
     """Beginning, end and HLO instruction of everything that ran for a program."""
     on_device = [plane for plane in data.planes if plane.name.startswith("/device:")]
     started: list[tuple[float, float, str, int | None]] = []
