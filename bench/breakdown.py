@@ -1,7 +1,7 @@
 """Where does the time of a prefill and of a decode step go?
 
 The component table of `python -m orcd_jax.profile`, for models and presets, with each component's least time by its
-bytes and operations. Beside the sum stands the time without the profiler, under which XLA captures no command buffers.
+bytes and operations. Beside the sum stands the time without the profiler.
 """
 
 from __future__ import annotations

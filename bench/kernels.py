@@ -111,7 +111,8 @@ def measured(case: Case, ceilings: Ceilings, repeat: int) -> Iterator[dict[str, 
         ratio = "" if row["of_baseline"] is None else f"{row['of_baseline']:.2f}"
         print(f"{text}{wrong:>9}{seconds * 1e6:>9.1f} us{common.per_cent(times):>8}{row['bytes_s'] / 1e9:>7.0f}"
               f"{row['flops_s'] / 1e12:>9.2f}{row['of_ceiling']:>9.1%}{ratio:>10}"
-              f"  {row['target']}{'' if row['same_bits_twice'] else '  DIFFERS WHEN REPEATED'}", flush=True)  # fmt: skip
+              f"  {row['target']}{'' if row['same_bits_twice'] else '  DIFFERS WHEN REPEATED'}",
+              flush=True)  # fmt: skip
         yield row
 
 
@@ -334,8 +335,9 @@ def chains(ceilings: Ceilings, repeat: int) -> Iterator[dict[str, Any]]:
             continue
         seconds = common.spread(times)
         share, target = size / ceilings.read_bytes_s / seconds["median"], "45 %, aim 65 %"
+        rate = size / seconds["median"] / 1e9
         print(f"{row['op']:<17}{row['shape']:<32}{name:<12}{'':>9}{seconds['median'] * 1e6:>9.1f} us"
-              f"{common.per_cent(times):>8}{size / seconds['median'] / 1e9:>7.0f}{'':>9}{share:>9.1%}{'':>10}  {target}",
+              f"{common.per_cent(times):>8}{rate:>7.0f}{'':>9}{share:>9.1%}{'':>10}  {target}",
               flush=True)  # fmt: skip
         yield row | {"seconds": seconds, "of_ceiling": share, "target": target}
 

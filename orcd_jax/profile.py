@@ -1,8 +1,8 @@
 """The component table: `python -m orcd_jax.profile MODEL` prints where the time of a prefill and of a decode step goes.
 
-Kernels are known by the `named_scope`s that their HLO instructions carry, found through the profiler's trace. While
-the profiler runs, XLA captures no command buffers, so that gaps between kernels are longer than they are without it:
-the whole program's time without the profiler stands beside the table's.
+Kernels are known by the `named_scope`s that their HLO instructions carry, found through the profiler's trace. The
+profiler takes time of its own, and some versions of XLA capture no command buffers under it, which makes the gaps
+between kernels longer: the whole program's time without the profiler stands beside the table's.
 """
 
 from __future__ import annotations
@@ -93,6 +93,8 @@ class Program:
     _computation = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 
     def __init__(self, text: str):
+        header = re.match(r"HloModule ([\w.\-]+)", text)
+        self.module = header[1] if header else ""
         self._found: dict[str, tuple[str, list[str], str]] = {}  # opcode, operands, attributes
         inside: dict[str, list[str]] = {}
         computation = ""
@@ -106,6 +108,33 @@ class Program:
         self._inside = inside
         self._loops = {self._attribute(n, "body"): n for n, found in self._found.items() if found[0] == "while"}
         self._home = {name: computation for computation, names in inside.items() for name in names}
+        self._kernels = {re.sub(r"\W", "_", name): name for name in self._found}
+
+    def launched_by(self, kernels: list[tuple[str, str]]) -> list[str]:
+        """The instruction that launched each kernel on a GPU; the kernel's name where that cannot be told.
+
+        Args:
+          kernels: name and, as the profiler gives it, instruction of each in the order of their launch. Of kernels in
+            a command buffer that is the buffer. Then a fusion is known by its name, which it lends to its kernel (and
+            to kernels of equal fusions), and calls by their order: a program launches its Mosaic kernels, and its
+            libraries', in the same order each time.
+        """
+        result = []
+        for kernel, instruction in kernels:
+            direct = instruction in self._found and self.opcode(instruction) not in _CONTAINERS
+            result.append(instruction if direct else self._kernels.get(kernel, kernel))
+        calls = [name for name, found in self._found.items() if found[0] == "custom-call"]
+        for mosaic in (True, False):
+            launching = [name for name in calls if ("mosaic" in self._found[name][2]) == mosaic]
+            waiting = [
+                i
+                for i, name in enumerate(result)
+                if name not in self._found and name[:3] != "Mem" and ("mosaic" in name) == mosaic
+            ]
+            if launching and waiting and len(waiting) % len(launching) == 0:
+                for turn, i in enumerate(waiting):
+                    result[i] = launching[turn % len(launching)]
+        return result
 
     def opcode(self, name: str) -> str:
         """The opcode of an instruction, empty if there is none of that name."""
@@ -244,25 +273,37 @@ def shares(events: Iterable[tuple[float, float, str]]) -> tuple[dict[str | None,
 
 def device_events(data: Any, program: Program) -> list[tuple[float, float, str]]:
     """Beginning, end and HLO instruction of everything that ran for a program."""
-    on_device = [plane for plane in data.planes if plane.name.startswith("/device:")]
+    lines = [line for plane in data.planes if plane.name.startswith("/device:") for line in plane.lines]
+    if lines:
+        return _gpu_events(lines, program)
     started: list[tuple[float, float, str, int | None]] = []
     ends: dict[int | None, float] = {}
-    for line in (line for plane in on_device or data.planes for line in plane.lines):
-        for event in line.events:
-            stats = dict(event.stats)
-            name = stats.get("hlo_op") or (event.name if on_device else None)
-            if event.name.startswith("end: "):
-                ends[stats.get("_c")] = event.start_ns
-            elif name is not None and program.opcode(name) not in _CONTAINERS:
-                started.append((event.start_ns, event.start_ns + event.duration_ns, name, stats.get("_p")))
+    for event in (event for plane in data.planes for line in plane.lines for event in line.events):
+        stats = dict(event.stats)
+        if event.name.startswith("end: "):
+            ends[stats.get("_c")] = event.start_ns
+        elif "hlo_op" in stats and program.opcode(stats["hlo_op"]) not in _CONTAINERS:
+            span = (event.start_ns, event.start_ns + event.duration_ns)
+            started.append((*span, stats["hlo_op"], stats.get("_p")))
     started.sort()
-    # On a CPU other threads may still be at work when an operation has returned: until its end is reported (late, if
-    # the reporting thread first goes on), but no longer than until something else begins.
+    # Other threads may still be at work when an operation has returned: until its end is reported (late, if the
+    # reporting thread first goes on), but no longer than until something else begins.
     begins = [start for start, *_ in started[1:]] + [math.inf]
     return [
         (start, max(end, min(ends.get(key, end), following)), name)
         for (start, end, name, key), following in zip(started, begins, strict=True)
     ]
+
+
+def _gpu_events(lines: list[Any], program: Program) -> list[tuple[float, float, str]]:
+    found = []
+    for event in (event for line in lines for event in line.events):
+        stats = dict(event.stats)
+        if stats.get("hlo_module") == program.module:
+            found.append((event.start_ns, event.start_ns + event.duration_ns, event.name, str(stats.get("hlo_op"))))
+    found.sort()
+    names = program.launched_by([(name, instruction) for _, _, name, instruction in found])
+    return [(start, end, name) for (start, end, *_), name in zip(found, names, strict=True)]
 
 
 def table(title: str, result: Profile, ceilings: Ceilings) -> str:
