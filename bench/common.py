@@ -144,7 +144,11 @@ def finish(model: LanguageModel, ceilings: Ceilings | None, result: dict[str, An
 
 def emit(result: dict[str, Any], path: str | None) -> None:
     """Print the result as the last line, one JSON object, and write it to `path` if there is one."""
-    line = json.dumps(result)
     if path:
-        Path(path).write_text(line + "\n", encoding="utf-8")
-    print(line)
+        write(result, Path(path))
+    print(json.dumps(result))
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """Write a result to a file, one line of JSON."""
+    path.write_text(json.dumps(result) + "\n", encoding="utf-8")

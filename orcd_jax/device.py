@@ -66,7 +66,7 @@ def peak_bytes(device: jax.Device) -> int:
 
 
 # Bytes a second that a device's memory can deliver, by its name in JAX (vendors' data sheets).
-_PEAK_BANDWIDTH = {
+PEAK_BANDWIDTH = {
     "NVIDIA H200": 4.8e12,
     "NVIDIA H100 80GB HBM3": 3.35e12,
     "NVIDIA H100 PCIe": 2.0e12,
@@ -83,7 +83,7 @@ _SMALLER = "use a shorter context, fewer rows at a time, or int8 weights"
 
 def peak_bandwidth(device: jax.Device) -> float | None:
     """Bytes a second of the device's memory at best, where that is known."""
-    return _PEAK_BANDWIDTH.get(device.device_kind)
+    return PEAK_BANDWIDTH.get(device.device_kind)
 
 
 def human_bytes(count: int) -> str:

@@ -13,7 +13,7 @@ import re
 import statistics
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -202,10 +202,10 @@ def profile(model: LanguageModel, batch: int, held: int, prompt: int | None, rep
         with jax.profiler.trace(folder):
             probe.run()
         (file,) = Path(folder).rglob("*.xplane.pb")
-        program = Program(probe.compiled.as_text())
+        program = Program(probe.compiled.as_text() or "")
         spans, total = shares(device_events(jax.profiler.ProfileData.from_file(str(file)), program))
-    seconds: Counter[str] = Counter()
-    unknown: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
+    unknown: defaultdict[str, float] = defaultdict(float)
     for name, span in spans.items():
         component = "gaps" if name is None else program.component(name)
         seconds[component] += span / steps
@@ -218,7 +218,7 @@ def profile(model: LanguageModel, batch: int, held: int, prompt: int | None, rep
         traced_s=total / steps,
         untraced_s=median,
         spread=(max(times) - min(times)) / 2 / median,
-        unknown=dict(unknown.most_common()),
+        unknown=dict(sorted(unknown.items(), key=lambda item: -item[1])),
     )
 
 
@@ -260,7 +260,7 @@ def shares(events: Iterable[tuple[float, float, str]]) -> tuple[dict[str | None,
       Seconds by name, and from the first beginning to the last end: their sum.
     """
     edges = sorted(edge for start, end, name in events for edge in ((start, 1, name), (end, -1, name)))
-    result: Counter[str | None] = Counter()
+    result: defaultdict[str | None, float] = defaultdict(float)
     running: Counter[str] = Counter()
     for (now, change, name), (following, _, _) in pairwise(edges):
         running[name] += change
@@ -327,7 +327,7 @@ def table(title: str, result: Profile, ceilings: Ceilings) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line with `argv` (default: the process's) and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m orcd_jax.profile", description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="python -m orcd_jax.profile", description=__doc__)
     parser.add_argument("model", nargs="?", default=hub.DEFAULT_MODEL, help="as for generate (%(default)s)")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prefill (%(default)s)")

@@ -1,0 +1,427 @@
+"""Make the Performance Guide's tables and plots out of measurements; `--run` makes those first.
+
+Every table of bench/README.md between `<!-- begin NAME -->` and `<!-- end NAME -->` is written from the JSON files in
+bench/results, and so are the plots beside them. `--run` adds measurements of a model or preset on this device: one file
+a benchmark, named after benchmark, model, weights and device, which replaces an older one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from bench import common
+from orcd_jax.config import ModelConfig
+from orcd_jax.device import PEAK_BANDWIDTH
+
+Result = dict[str, Any]
+
+GUIDE = Path(__file__).with_name("README.md")
+RUNS = {
+    "latency": (), "latency-guide": ("--guide",), "throughput": (), "throughput-guide": ("--guide",), "memory": (),
+    "breakdown": (), "compare": (), "kernels": (), "startup": (), "cache_policies": (),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", nargs="*", metavar="NAME", help=f"measure first: {', '.join(RUNS)} (default: all)")
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"))
+    args, passed_on = parser.parse_known_args()
+    if args.run is not None:
+        for name in args.run or RUNS:
+            run(name, passed_on, args.results)
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(args.results.glob("*.json"))]
+    guide = GUIDE.read_text(encoding="utf-8")
+    for name, make in TABLES.items():
+        table = make([result for result in results if result["bench"] == name or name in MIXED])
+        guide = between(guide, name, table)
+    GUIDE.write_text(guide, encoding="utf-8")
+    plots(results, args.results)
+    print(f"{len(results)} results into {GUIDE}")
+
+
+def run(name: str, passed_on: list[str], folder: Path) -> None:
+    """Run one benchmark in a process of its own and keep its result."""
+    if name in ("startup", "cache_policies") and any(arg.startswith("--preset") for arg in passed_on):
+        return  # they need a real file
+    if name == "kernels":  # of no one model
+        passed_on = [arg for arg in passed_on if arg == "--quick"]
+    command = [sys.executable, "-m", f"bench.{name.removesuffix('-guide')}", *RUNS[name], *passed_on]
+    print("$", *command[1:], flush=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = ""
+        for line in process.stdout:
+            if not line.startswith("{"):
+                print(line, end="", flush=True)
+    if process.returncode:
+        print(f"{name} failed")
+        return
+    result = json.loads(line)
+    parts = (name, result.get("model", ""), result.get("weights", ""), result["device"])
+    slug = "_".join(filter(None, (re.sub(r"[^\w.]+", "-", part.lower()) for part in parts)))
+    common.write(result, folder / f"{slug}.json")
+
+
+def between(text: str, name: str, content: str) -> str:
+    """Replace what stands between a table's marks."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"{GUIDE.name} lacks the marks of {name!r}")
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
+
+
+# Tables
+
+
+def grid(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table."""
+    head = list(columns)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def where(result: Result) -> str:
+    """What a table was measured on."""
+    model = f"{result['model']}, {result['weights']}; " if result.get("weights") else ""
+    bandwidth = f"; reads {result['read_bytes_s'] / 1e9:,.1f} GB/s" if "read_bytes_s" in result else ""
+    rate = f", products {result['matmul_flops_s'] / 1e12:,.2f} TFLOP/s (measured)" if bandwidth else ""
+    return f"**{model}{result['device']}** (jax {result['jax']}, {result['date']}{bandwidth}{rate})\n"
+
+
+def ranged(values: dict[str, float], factor: float = 1.0, digits: int = 1) -> str:
+    """A median with its range."""
+    median, low, high = (f"{values[key] * factor:,.{digits}f}" for key in ("median", "min", "max"))
+    return f"{median} ({low} to {high})"
+
+
+def sections(make: Callable[[Result], str]) -> Callable[[list[Result]], str]:
+    """One table a result, each with what it was measured on."""
+    return lambda results: "\n\n".join(f"{where(result)}\n{make(result)}" for result in results) or "Not measured yet."
+
+
+@sections
+def latency(result: Result) -> str:
+    if "guide" in result:
+        guide = result["guide"]
+        return (
+            f"The first guide's benchmark ({guide['iterations']} requests of 5 + 10 tokens): "
+            f"{guide['latency_s'] * 1e3:.1f} ms a request, {guide['requests_s']:.1f} requests/s, "
+            f"{guide['tok_s']:.1f} tok/s."
+        )
+    requests = grid(
+        ("batch", "prompt", "sampling", "first token, ms", "prefill, tok/s", "decoding, tok/s", "share of its ceiling"),
+        (
+            (
+                row["batch"], row["prompt_tokens"], row["sampling"], ranged(row["ttft_s"], 1e3),
+                f"{row['prefill_tok_s']['median']:,.0f}", ranged(row["decode_tok_s"]),
+                f"{row['decode_tok_s']['median'] / row['ceiling_tok_s']:.0%}",
+            )
+            for row in result["requests"]
+        ),
+    )  # fmt: skip
+    steps = grid(
+        ("tokens in the cache", "a decode step, ms", "least by bytes, ms", "share"),
+        (
+            (
+                row["cache_tokens"], ranged(row["step_s"], 1e3, 3), f"{row['ceiling_s'] * 1e3:.3f}",
+                f"{row['ceiling_s'] / row['step_s']['median']:.0%}",
+            )
+            for row in result["steps"]
+        ),
+    )  # fmt: skip
+    return f"{requests}\n\n{steps}"
+
+
+@sections
+def throughput(result: Result) -> str:
+    if "guide" in result:
+        guide = result["guide"]
+        return (
+            "The first guide's benchmark (prompts of 5, 20 new tokens): "
+            f"{guide['sequential_tok_s']:.1f} tok/s one after another, {guide['together_tok_s']:.1f} tok/s as one call."
+        )
+    return grid(
+        ("batch", "requests", "mean prompt", "whole requests, tok/s", "decoding, tok/s", "ceiling", "share"),
+        (
+            (
+                row["batch"], row["requests"], row["mean_prompt"], ranged(row["tok_s"]), ranged(row["decode_tok_s"]),
+                f"{row['ceiling_tok_s']:,.0f}", f"{row['decode_tok_s']['median'] / row['ceiling_tok_s']:.0%}",
+            )
+            for row in result["rows"]
+        ),
+    )  # fmt: skip
+
+
+@sections
+def memory(result: Result) -> str:
+    table = grid(
+        ("cache", "bytes", "by the formula", "decode's temporaries", f"prefill's, {result['chunk']} tokens"),
+        (
+            (
+                row["cache_tokens"], f"{row['cache_bytes']:,}", f"{row['cache_formula_bytes']:,}",
+                f"{row['decode_temporary']:,}", f"{row['prefill_temporary']:,}",
+            )
+            for row in result["rows"]
+        ),
+    )  # fmt: skip
+    text = (
+        f"Weights {result['weights_bytes']:,} bytes (formula {result['weights_formula_bytes']:,}); "
+        f"{result['kv_bytes_per_token']:,} bytes of cache a token and row."
+    )
+    if "loading" in result:
+        loading = result["loading"]
+        text += (
+            f" Loading {loading['file_bytes']:,} bytes of file: {ranged(loading['load_s'], digits=2)} s, "
+            f"{loading['bytes_s'] / 1e9:.2f} GB/s, {loading['host_bytes']:,} bytes of the host's memory at most."
+        )
+    return f"{text}\n\n{table}"
+
+
+@sections
+def breakdown(result: Result) -> str:
+    parts = []
+    titles = {
+        "prefill": f"Prefill, {result['batch']} x {result['prompt_tokens']} tokens",
+        "decode": f"A decode step, batch {result['batch']}, {result['cache_tokens']} tokens in the cache",
+    }
+    for phase, title in titles.items():
+        if phase not in result:
+            continue
+        found = result[phase]
+        rows = []
+        for row in found["components"]:
+            cells = [
+                row["name"],
+                f"{row['seconds'] * 1e3:.3f}",
+                f"{row['seconds'] / found['traced_s']:.1%}",
+                "",
+                "",
+                "",
+            ]
+            if row["read_bytes"] and row["seconds"]:
+                least = max(row["read_bytes"] / result["read_bytes_s"], row["flops"] / result["matmul_flops_s"])
+                cells[3:] = (
+                    f"{row['read_bytes'] / 1e6:,.2f}", f"{row['read_bytes'] / row['seconds'] / 1e9:,.1f}",
+                    f"{least / row['seconds']:.0%}",
+                )  # fmt: skip
+            rows.append(cells)
+        rows.append(["**total**", f"**{found['traced_s'] * 1e3:.3f}**", "100%", "", "", ""])
+        table = grid(("component", "time, ms", "share", "MB", "GB/s", "share of its ceiling"), rows)
+        parts.append(
+            f"{title}: {found['untraced_s'] * 1e3:.3f} ms without the profiler (±{found['spread']:.1%}).\n\n{table}"
+        )
+    return "\n\n".join(parts)
+
+
+@sections
+def kernels(result: Result) -> str:
+    rows = []
+    for row in result["rows"]:
+        if "failed" in row:
+            rows.append((row["op"], row["shape"], row["implementation"], "", row["failed"][:60], "", "", "", ""))
+            continue
+        of_baseline = row.get("of_baseline")
+        rows.append(
+            (
+                row["op"], row["shape"], row["implementation"],
+                "" if row.get("error") is None else f"{row['error']:.1e}",
+                ranged(row["seconds"], 1e6), f"{row['bytes_s'] / 1e9:,.0f}" if "bytes_s" in row else "",
+                f"{row['of_ceiling']:.0%}", "" if of_baseline is None else f"{of_baseline:.2f} x {row['baseline']}",
+                row["target"],
+            )
+        )  # fmt: skip
+    columns = ("op", "shape", "implementation", "error", "µs", "GB/s", "of the ceiling", "speed", "target")
+    return grid(columns, rows)
+
+
+@sections
+def compare(result: Result) -> str:
+    first, *_ = result["rows"]
+    return grid(
+        ("", f"prefill of {result['prompt_tokens']}, tok/s", "decoding, tok/s", "orcd_jax is faster by"),
+        (
+            (
+                row["engine"], f"{row['prefill_tok_s']:,.0f}", f"{row['decode_tok_s']:,.1f}",
+                " / ".join(f"{first[key] / row[key]:.2f}" for key in ("prefill_tok_s", "decode_tok_s")),
+            )
+            for row in result["rows"]
+        ),
+    )  # fmt: skip
+
+
+def startup(results: list[Result]) -> str:
+    return grid(
+        ("file", "device", "first start, s", "later starts, s"),
+        (
+            (result["model"], result["device"], f"{result['first_start_s']:.1f}", ranged(result["later_start_s"]))
+            for result in results
+        ),
+    )
+
+
+@sections
+def cache_policies(result: Result) -> str:
+    full = result["rows"][0]
+    return f"{result['tokens']:,} tokens\n\n" + grid(
+        ("policy", "perplexity", "against full", "bytes held"),
+        (
+            (
+                f"`{row['policy']}`", f"{row['perplexity']:.3f}", f"{row['perplexity'] / full['perplexity'] - 1:+.2%}",
+                f"{row['bytes']:,}",
+            )
+            for row in result["rows"]
+        ),
+    )  # fmt: skip
+
+
+def overview(results: list[Result]) -> str:
+    """A line for each model, format and device whose latency was measured."""
+    rows = []
+    for result in (r for r in results if r["bench"] == "latency" and "requests" in r):
+        single = [row for row in result["requests"] if row["batch"] == 1 and row["sampling"] == "greedy"]
+        if not single:
+            continue
+        short, usual = single[0], min(single, key=lambda row: abs(row["prompt_tokens"] - 128))
+        held = next((r for r in results if r["bench"] == "memory" and same(r, result)), None)
+        rows.append(
+            (
+                result["model"], result["weights"], result["device"],
+                f"{held['weights_bytes'] / 1e6:,.0f}" if held else "",
+                f"{held['kv_bytes_per_token']:,}" if held else "",
+                f"{short['ttft_s']['median'] * 1e3:.1f} ({short['prompt_tokens']} tokens)",
+                f"{1e3 / usual['decode_tok_s']['median']:.2f}", f"{usual['decode_tok_s']['median']:,.1f}",
+                f"{usual['decode_tok_s']['median'] / usual['ceiling_tok_s']:.0%}",
+            )
+        )  # fmt: skip
+    columns = ("model", "weights", "device", "weights, MB", "cache, bytes a token", "first token, ms", "ms a token",
+               "tok/s", "share of its ceiling")  # fmt: skip
+    return grid(columns, rows)
+
+
+def strategies(results: list[Result]) -> str:
+    """What each way of going faster or smaller gave, where it was measured with and without."""
+    rows = []
+    latencies = [r for r in results if r["bench"] == "latency" and "requests" in r]
+    for result in latencies:
+        others = (r for r in latencies if r is not result and r["model"] == result["model"])
+        for other in (r for r in others if r["device"] == result["device"] and result["weights"] == "int8"):
+            a, b = (r["requests"][-1 if len(r["requests"]) == 1 else 1] for r in (result, other))
+            gain = a["decode_tok_s"]["median"] / b["decode_tok_s"]["median"]
+            name = f"int8 weights in place of {other['weights']}"
+            rows.append((name, result["model"], result["device"], f"{gain:.2f} x tokens a second at batch 1"))
+    for result in (r for r in results if r["bench"] == "throughput" and "rows" in r):
+        one = next((row for row in result["rows"] if row["batch"] == 1), None)
+        best = max(result["rows"], key=lambda row: row["tok_s"]["median"])
+        if one is not None:
+            gain = best["tok_s"]["median"] / one["tok_s"]["median"]
+            rows.append((f"batches of {best['batch']}", f"{result['model']}, {result['weights']}", result["device"],
+                         f"{gain:.1f} x tokens a second in all"))  # fmt: skip
+    for result in (r for r in results if r["bench"] == "kernels"):
+        found = {(row["op"], row["shape"], row["implementation"]): row for row in result["rows"] if "seconds" in row}
+        for (op, shape, implementation), row in found.items():
+            plain = found.get((op, shape, "xla"))
+            if implementation != "xla" and plain is not None and row["implementation"] != row.get("baseline"):
+                gain = plain["seconds"]["median"] / row["seconds"]["median"]
+                rows.append(
+                    (f"{op} as a {implementation} kernel", shape, result["device"], f"{gain:.2f} x as fast as XLA's")
+                )
+    for result in (r for r in results if r["bench"] == "cache_policies"):
+        full = result["rows"][0]
+        for row in result["rows"][1:]:
+            smaller = full["bytes"] / row["bytes"]
+            loss = row["perplexity"] / full["perplexity"] - 1
+            rows.append((f"`{row['policy']}` cache", result["model"], result["device"],
+                         f"{smaller:.1f} x fewer bytes, perplexity {loss:+.2%}"))  # fmt: skip
+    return grid(("what", "model or shape", "device", "measured"), rows)
+
+
+def hardware(results: list[Result]) -> str:
+    """Ceilings by formula: data-sheet bandwidth over the bytes of a step. None of it is measured."""
+    presets = [ModelConfig.from_preset(name) for name in ("qwen2.5-0.5b", "phi-3-mini-4k")]
+    return grid(
+        ("GPU (data sheet)", "GB/s", *(f"{config.name}, {w}" for config in presets for w in ("int8", "bf16"))),
+        (
+            (
+                name, f"{bandwidth / 1e9:,.0f}",
+                *(f"{bandwidth / config.step_bytes(w):,.0f}" for config in presets for w in ("int8", "bf16")),
+            )
+            for name, bandwidth in PEAK_BANDWIDTH.items()
+        ),
+    )  # fmt: skip
+
+
+def same(a: Result, b: Result) -> bool:
+    """Whether two results are of the same model, format and device."""
+    return all(a[key] == b[key] for key in ("model", "weights", "device"))
+
+
+MIXED = ("overview", "strategies", "hardware")  # made of several benchmarks' results
+TABLES: dict[str, Callable[[list[Result]], str]] = {
+    "overview": overview, "breakdown": breakdown, "memory": memory, "strategies": strategies, "latency": latency,
+    "throughput": throughput, "startup": startup, "cache_policies": cache_policies, "compare": compare,
+    "hardware": hardware, "kernels": kernels,
+}  # fmt: skip
+
+
+# Plots
+
+
+def plots(results: list[Result], folder: Path) -> None:
+    """Component bars, a roofline and the batch curves, for whatever was measured."""
+    broken_down = [r for r in results if r["bench"] == "breakdown"]
+    if broken_down:
+        axes = common.axes("share of the time", "", "where a step's time goes")
+        bars = [(f"{r['model']}, {r['weights']}\n{r['device'][:24]}, {phase}", r[phase])
+                for r in broken_down for phase in ("prefill", "decode") if phase in r]  # fmt: skip
+        left = [0.0] * len(bars)
+        for index, component in enumerate(bars[0][1]["components"]):
+            widths = [found["components"][index]["seconds"] / found["traced_s"] for _, found in bars]
+            axes.barh([label for label, _ in bars], widths, left=left, label=component["name"])
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        axes.legend(fontsize=7, ncol=4, loc="lower center", bbox_to_anchor=(0.5, -0.45))
+        common.save(axes, folder / "components.png")
+    for device in {r["device"] for r in broken_down}:
+        roofline([r for r in broken_down if r["device"] == device], folder)
+    curves = [r for r in results if r["bench"] == "throughput" and "rows" in r]
+    if curves:
+        axes = common.axes("batch", "tokens a second, whole requests", "prompts of 8 to 384 tokens")
+        for result in curves:
+            label = f"{result['model']}, {result['weights']}, {result['device'][:24]}"
+            sizes = [row["batch"] for row in result["rows"]]
+            (line,) = axes.plot(sizes, [row["tok_s"]["median"] for row in result["rows"]], "o-", label=label)
+            axes.plot(sizes, [row["ceiling_tok_s"] for row in result["rows"]], "--", color=line.get_color(), alpha=0.5)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.legend(fontsize=7, title="dashed: the ceiling of decoding", title_fontsize=7)
+        common.save(axes, folder / "batches.png")
+
+
+def roofline(results: list[Result], folder: Path) -> None:
+    """Each component's operations a second over its operations a byte, under the device's two ceilings."""
+    first = results[0]
+    axes = common.axes("operations a byte", "operations a second", f"roofline: {first['device']}")
+    intensities = [10 ** (n / 10) for n in range(-5, 40)]
+    roof = [min(x * first["read_bytes_s"], first["matmul_flops_s"]) for x in intensities]
+    axes.plot(intensities, roof, color="grey", label="measured ceilings")
+    for result, phase in ((r, phase) for r in results for phase in ("prefill", "decode") if phase in r):
+        rows = [row for row in result[phase]["components"] if row["flops"] and row["seconds"]]
+        points = [(row["flops"] / row["read_bytes"], row["flops"] / row["seconds"]) for row in rows]
+        axes.plot(*zip(*points, strict=True), "o", label=f"{result['model']}, {result['weights']}, {phase}")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.legend(fontsize=7)
+    slug = re.sub(r"[^\w.]+", "-", first["device"].lower())
+    common.save(axes, folder / f"roofline_{slug}.png")
+
+
+if __name__ == "__main__":
+    main()
