@@ -141,10 +141,10 @@ class Ceilings:
 
 
 def measure_ceilings(device: jax.Device, dtype: jnp.dtype) -> Ceilings:
-    """Measure a device: reads of half a GiB or more, and products of matrices in `dtype`."""
+    """Measure a device: reads far beyond what a cache holds, and products of matrices in `dtype`."""
     on_cpu = device.platform == "cpu"
     with jax.default_device(device):
-        return Ceilings(_read_bandwidth(1 << (29 if on_cpu else 32)), _matmul_rate(1 << (11 if on_cpu else 13), dtype))
+        return Ceilings(_read_bandwidth(1 << (28 if on_cpu else 32)), _matmul_rate(1 << (10 if on_cpu else 13), dtype))
 
 
 def _read_bandwidth(size: int, rounds: int = 8) -> float:
