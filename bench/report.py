@@ -150,7 +150,7 @@ def throughput(result: Result) -> str:
             f"{guide['sequential_tok_s']:.1f} tok/s one after another, {guide['together_tok_s']:.1f} tok/s as one call."
         )
     return grid(
-        ("batch", "requests", "mean prompt", "whole requests, tok/s", "decoding, tok/s", "ceiling", "share"),
+        ("batch", "requests", f"mean prompt, of 8 to {result['longest']}", "whole requests, tok/s", "decoding, tok/s", "ceiling", "share"),
         (
             (
                 row["batch"], row["requests"], row["mean_prompt"], ranged(row["tok_s"]), ranged(row["decode_tok_s"]),
@@ -393,7 +393,7 @@ def plots(results: list[Result], folder: Path) -> None:
         roofline([r for r in broken_down if r["device"] == device], folder)
     curves = [r for r in results if r["bench"] == "throughput" and "rows" in r]
     if curves:
-        axes = common.axes("batch", "tokens a second, whole requests", "prompts of 8 to 384 tokens")
+        axes = common.axes("batch", "tokens a second, whole requests", "many prompts of mixed length")
         for result in curves:
             label = f"{result['model']}, {result['weights']}, {result['device'][:24]}"
             sizes = [row["batch"] for row in result["rows"]]

@@ -1,6 +1,6 @@
 """How many tokens a second do many requests get together?
 
-Over batch sizes: prompts of mixed length (8 to 384 tokens of prose; of random tokens for random weights), in batches as
+Over batch sizes: prompts of mixed length (8 to `--longest` tokens of prose; random tokens for random weights), in batches as
 `generate` makes them, longest together; new tokens of all rows over the whole time, prefill included, everything
 compiled beforehand. `--guide`: 100 prompts of 5 tokens, 20 new ones each, one after another and as one call, as this
 project's first performance guide had it.
@@ -27,6 +27,7 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128])
     parser.add_argument("--prompts", type=int, default=16, help="at least so many requests a batch size (%(default)s)")
+    parser.add_argument("--longest", type=int, default=384, help="tokens of the longest prompt (%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--guide", action="store_true", help="the first performance guide's benchmark instead")
     parser.add_argument("--plot", type=Path, help="write a plot over batch sizes to this PNG")
@@ -43,8 +44,10 @@ def main() -> None:
     else:
         measured["rows"] = list(by_batch(model, args, ceilings))
     if args.plot:
-        plot(measured["rows"], args.plot, model.config.name)
-    common.finish(model, ceilings, {"bench": "throughput", "repeat": args.repeat, **measured}, args.json)
+        plot(measured["rows"], args.plot, f"{model.config.name}: prompts of 8 to {args.longest} tokens")
+    common.finish(
+        model, ceilings, {"bench": "throughput", "repeat": args.repeat, "longest": args.longest, **measured}, args.json
+    )
 
 
 def by_batch(model: LanguageModel, args: argparse.Namespace, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
@@ -80,11 +83,11 @@ def by_batch(model: LanguageModel, args: argparse.Namespace, ceilings: Ceilings)
 
 
 def mixed_prompts(model: LanguageModel, args: argparse.Namespace, count: int) -> list[list[int]]:
-    """Prompts of 8 to 384 tokens, short ones more often (their logarithms are uniform)."""
+    """Prompts of 8 to `--longest` tokens, short ones more often (their logarithms are uniform)."""
     random = np.random.default_rng(0)
-    lengths = np.exp(random.uniform(np.log(8), np.log(384), count)).astype(int)
+    lengths = np.exp(random.uniform(np.log(8), np.log(args.longest), count)).astype(int)
     text = common.token_stream(model, args, 4096)
-    starts = random.integers(0, len(text) - 384, count)
+    starts = random.integers(0, len(text) - args.longest, count)
     return [text[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
 
@@ -110,7 +113,7 @@ def guide(model: LanguageModel, count: int) -> dict[str, float]:
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Tokens a second over the batch size, with the ceiling."""
-    axes = common.axes("batch", "tokens a second", f"{title}: prompts of 8 to 384 tokens")
+    axes = common.axes("batch", "tokens a second", title)
     sizes = [row["batch"] for row in rows]
     axes.plot(sizes, [row["ceiling_tok_s"] for row in rows], "--", color="grey", label="ceiling of decoding")
     axes.plot(sizes, [row["decode_tok_s"]["median"] for row in rows], "o-", label="decoding")

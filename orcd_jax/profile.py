@@ -123,17 +123,13 @@ class Program:
         for kernel, instruction in kernels:
             direct = instruction in self._found and self.opcode(instruction) not in _CONTAINERS
             result.append(instruction if direct else self._kernels.get(kernel, kernel))
-        calls = [name for name, found in self._found.items() if found[0] == "custom-call"]
-        for mosaic in (True, False):
-            launching = [name for name in calls if ("mosaic" in self._found[name][2]) == mosaic]
-            waiting = [
-                i
-                for i, name in enumerate(result)
-                if name not in self._found and name[:3] != "Mem" and ("mosaic" in name) == mosaic
-            ]
-            if launching and waiting and len(waiting) % len(launching) == 0:
-                for turn, i in enumerate(waiting):
-                    result[i] = launching[turn % len(launching)]
+        waiting = [i for i, name in enumerate(result) if name not in self._found]
+        for target, kernel in (("mosaic", "mosaic"), ("cublas", "nvjet|gemm|cutlass")):
+            calls = [n for n, found in self._found.items() if found[0] == "custom-call" and target in found[2]]
+            launched = [i for i in waiting if re.search(kernel, result[i])]
+            if calls and len(launched) % len(calls) == 0:
+                for turn, i in enumerate(launched):
+                    result[i] = calls[turn % len(calls)]
         return result
 
     def opcode(self, name: str) -> str:
