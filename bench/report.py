@@ -25,7 +25,7 @@ Result = dict[str, Any]
 GUIDE = Path(__file__).with_name("README.md")
 RUNS = {
     "latency": (), "latency-guide": ("--guide",), "throughput": (), "throughput-guide": ("--guide",), "memory": (),
-    "breakdown": (), "compare": (), "kernels": (), "startup": (), "cache_policies": (),
+    "full_context": ("--tiny",), "breakdown": (), "compare": (), "kernels": (), "startup": (), "cache_policies": (),
 }  # fmt: skip
 
 
@@ -51,6 +51,8 @@ def run(name: str, passed_on: list[str], folder: Path) -> None:
     """Run one benchmark in a process of its own and keep its result."""
     if name in ("startup", "cache_policies") and any(arg.startswith("--preset") for arg in passed_on):
         return  # they need a real file
+    if name == "full_context" and not any(arg.startswith("--preset") for arg in passed_on):
+        return  # it needs a preset
     if name == "kernels":  # of no one model
         passed_on = [arg for arg in passed_on if arg == "--quick"]
     command = [sys.executable, "-m", f"bench.{name.removesuffix('-guide')}", *RUNS[name], *passed_on]
@@ -93,7 +95,7 @@ def where(result: Result) -> str:
     """What a table was measured on."""
     model = f"{result['model']}, {result['weights']}; " if result.get("weights") else ""
     bandwidth = f"; reads {result['read_bytes_s'] / 1e9:,.1f} GB/s" if "read_bytes_s" in result else ""
-    rate = f", products {result['matmul_flops_s'] / 1e12:,.2f} TFLOP/s (measured)" if bandwidth else ""
+    rate = f", multiplies {result['matmul_flops_s'] / 1e12:,.2f} TFLOP/s" if "matmul_flops_s" in result else ""
     return f"**{model}{result['device']}** (jax {result['jax']}, {result['date']}{bandwidth}{rate})\n"
 
 
@@ -138,7 +140,7 @@ def latency(result: Result) -> str:
             for row in result["steps"]
         ),
     )  # fmt: skip
-    return f"{requests}\n\n{steps}"
+    return f"{requests}\n\n{steps}" if result["steps"] else requests
 
 
 @sections
@@ -150,7 +152,7 @@ def throughput(result: Result) -> str:
             f"{guide['sequential_tok_s']:.1f} tok/s one after another, {guide['together_tok_s']:.1f} tok/s as one call."
         )
     return grid(
-        ("batch", "requests", f"mean prompt, of 8 to {result['longest']}", "whole requests, tok/s", "decoding, tok/s", "ceiling", "share"),
+        ("batch", "requests", "mean prompt", "whole requests, tok/s", "decoding, tok/s", "ceiling", "share"),
         (
             (
                 row["batch"], row["requests"], row["mean_prompt"], ranged(row["tok_s"]), ranged(row["decode_tok_s"]),
@@ -184,6 +186,22 @@ def memory(result: Result) -> str:
             f"{loading['bytes_s'] / 1e9:.2f} GB/s, {loading['host_bytes']:,} bytes of the host's memory at most."
         )
     return f"{text}\n\n{table}"
+
+
+def full_context(results: list[Result]) -> str:
+    columns = ("model", "device", "context", "seconds", "cache, bytes", "temporaries at half of it", "at all of it",
+               "by the formula")  # fmt: skip
+    return grid(
+        columns,
+        (
+            (
+                f"{result['model']}{', made tiny' if result['tiny'] else ''}", result["device"], result["context"],
+                f"{result['seconds'] - result['compile_s']:.1f}", f"{result['cache_bytes']:,}",
+                *(f"{count:,}" for count in result["temporaries"]), f"{result['workspace_formula_bytes']:,}",
+            )
+            for result in results
+        ),
+    )  # fmt: skip
 
 
 @sections
@@ -366,8 +384,8 @@ def same(a: Result, b: Result) -> bool:
 
 MIXED = ("overview", "strategies", "hardware")  # made of several benchmarks' results
 TABLES: dict[str, Callable[[list[Result]], str]] = {
-    "overview": overview, "breakdown": breakdown, "memory": memory, "strategies": strategies, "latency": latency,
-    "throughput": throughput, "startup": startup, "cache_policies": cache_policies, "compare": compare,
+    "overview": overview, "breakdown": breakdown, "memory": memory, "full_context": full_context,
+    "strategies": strategies, "latency": latency, "throughput": throughput, "startup": startup, "cache_policies": cache_policies, "compare": compare,
     "hardware": hardware, "kernels": kernels,
 }  # fmt: skip
 

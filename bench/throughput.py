@@ -1,9 +1,9 @@
 """How many tokens a second do many requests get together?
 
-Over batch sizes: prompts of mixed length (8 to `--longest` tokens of prose; random tokens for random weights), in batches as
-`generate` makes them, longest together; new tokens of all rows over the whole time, prefill included, everything
-compiled beforehand. `--guide`: 100 prompts of 5 tokens, 20 new ones each, one after another and as one call, as this
-project's first performance guide had it.
+Over batch sizes: prompts of mixed length (8 to `--longest` tokens of prose; random tokens for random weights), in
+batches as `generate` makes them, longest together; new tokens of all rows over the whole time, prefill included,
+everything compiled beforehand. `--guide`: 100 prompts of 5 tokens, 20 new ones each, one after another and as one
+call, as this project's first performance guide had it.
 """
 
 from __future__ import annotations
