@@ -7,6 +7,7 @@ import datetime
 import json
 import platform
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -36,9 +37,20 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--weights", choices=("auto", "int8", "bf16", "f32"), default="auto")
     result.add_argument("--device", choices=("cpu", "gpu"))
     result.add_argument("--repeat", type=int, default=5, help="measured runs, after one to warm up (%(default)s)")
+    result.add_argument("--within", type=float, metavar="SECONDS", help="begin no further row after so long")
     result.add_argument("--quick", action="store_true", help="fewer and shorter runs: that it works, not how fast")
     result.add_argument("--json", metavar="FILE", help="also write the JSON object to this file")
     return result
+
+
+def in_time(args: argparse.Namespace) -> bool:
+    """Whether the process has not yet run for longer than `--within`."""
+    import psutil
+
+    left = args.within is None or time.time() - psutil.Process().create_time() < args.within
+    if not left:
+        print("(no time for the rest)", flush=True)
+    return left
 
 
 def load(args: argparse.Namespace) -> LanguageModel:

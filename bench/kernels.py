@@ -65,8 +65,8 @@ def main() -> None:
     print(f"{'op':<17}{'shape':<32}{'':<12}{'error':>9}{'time':>12}{'spread':>8}{'GB/s':>7}{'TFLOP/s':>9}"
           f"{'ceiling':>9}{'baseline':>10}  target")  # fmt: skip
     cases = [case for case in all_cases(args.quick) if args.only in case.op]
-    rows = [row for case in cases for row in measured(case, ceilings, args.repeat)]
-    if not args.quick and args.only in "quant_matmul":
+    rows = [row for case in cases if common.in_time(args) for row in measured(case, ceilings, args.repeat)]
+    if not args.quick and args.only in "quant_matmul" and common.in_time(args):
         rows += list(chains(ceilings, args.repeat))
     common.emit({"bench": "kernels", **where, "read_bytes_s": ceilings.read_bytes_s,
                  "matmul_flops_s": ceilings.matmul_flops_s, "rows": rows}, args.json)  # fmt: skip

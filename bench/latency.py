@@ -54,6 +54,8 @@ def requests(model: LanguageModel, args: argparse.Namespace, ceilings: Ceilings)
     kinds += [(batch, 128, GREEDY) for batch in args.batch]
     kinds += [(batch, 128, Sampling()) for batch in args.sampled]
     for batch, length, sampling in kinds:
+        if not common.in_time(args):
+            return
         length = min(length, model.context - args.new_tokens)
         prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, length)).tolist()
         runs = [
@@ -84,6 +86,8 @@ def steps(model: LanguageModel, args: argparse.Namespace, ceilings: Ceilings) ->
     count, chunks = (4, 1) if args.quick else (32, 4) if model.device.platform == "gpu" else (8, 1)
     print(f"{'cache':>6}{'a step':>12}{'spread':>9}{'ceiling':>12}{'share':>7}")
     for held in args.cache:
+        if not common.in_time(args):
+            return
         held = min(held, model.context - count)
         probe = Probe(model, 1, held, steps=count)
         times = [seconds / (count * chunks) for seconds in measure(lambda p=probe: p.run(chunks), args.repeat)]

@@ -385,8 +385,8 @@ def same(a: Result, b: Result) -> bool:
 MIXED = ("overview", "strategies", "hardware")  # made of several benchmarks' results
 TABLES: dict[str, Callable[[list[Result]], str]] = {
     "overview": overview, "breakdown": breakdown, "memory": memory, "full_context": full_context,
-    "strategies": strategies, "latency": latency, "throughput": throughput, "startup": startup, "cache_policies": cache_policies, "compare": compare,
-    "hardware": hardware, "kernels": kernels,
+    "strategies": strategies, "latency": latency, "throughput": throughput, "startup": startup,
+    "cache_policies": cache_policies, "compare": compare, "hardware": hardware, "kernels": kernels,
 }  # fmt: skip
 
 

@@ -56,6 +56,8 @@ def by_batch(model: LanguageModel, args: argparse.Namespace, ceilings: Ceilings)
           f"{'share':>7}")  # fmt: skip
     buckets = model._buckets
     for batch in args.batch:
+        if not common.in_time(args):
+            break
         requests = mixed_prompts(model, args, max(batch, args.prompts))
         model._buckets = replace(buckets, batch=batch)  # more rows than a device's own limit, too
         rates: list[float] = []

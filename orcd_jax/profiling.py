@@ -12,8 +12,8 @@ from pathlib import Path
 def trace(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Record what runs inside the block as a trace for xprof, and for Perfetto (`perfetto_trace.json.gz`).
 
-    Run the same request once before, so that compilation is not in the trace. While the profiler runs, XLA captures
-    no command buffers: steps take longer than they do without it.
+    Run the same request once before, so that compilation is not in the trace. Steps take longer than they do without
+    the profiler, under which some versions of XLA capture no command buffers.
     """
     import jax
 
