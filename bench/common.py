@@ -137,7 +137,7 @@ def axes(x: str, y: str, title: str) -> Any:
 def save(axes: Any, path: Path) -> None:
     """Write a plot to a PNG."""
     axes.figure.tight_layout()
-    axes.figure.savefig(path, dpi=110)
+    axes.figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def headline(model: LanguageModel, ceilings: Ceilings) -> None:

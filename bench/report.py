@@ -96,7 +96,8 @@ def where(result: Result) -> str:
     model = f"{result['model']}, {result['weights']}; " if result.get("weights") else ""
     bandwidth = f"; reads {result['read_bytes_s'] / 1e9:,.1f} GB/s" if "read_bytes_s" in result else ""
     rate = f", multiplies {result['matmul_flops_s'] / 1e12:,.2f} TFLOP/s" if "matmul_flops_s" in result else ""
-    return f"**{model}{result['device']}** (jax {result['jax']}, {result['date']}{bandwidth}{rate})\n"
+    note = f"; {result['note']}" if "note" in result else ""
+    return f"**{model}{result['device']}** (jax {result['jax']}, {result['date']}{bandwidth}{rate}{note})\n"
 
 
 def ranged(values: dict[str, float], factor: float = 1.0, digits: int = 1) -> str:
@@ -403,7 +404,8 @@ def plots(results: list[Result], folder: Path) -> None:
         left = [0.0] * len(bars)
         for index, component in enumerate(bars[0][1]["components"]):
             widths = [found["components"][index]["seconds"] / found["traced_s"] for _, found in bars]
-            axes.barh([label for label, _ in bars], widths, left=left, label=component["name"])
+            colour = {"rest": "lightgrey", "gaps": "whitesmoke"}.get(component["name"], f"C{index}")
+            axes.barh([label for label, _ in bars], widths, left=left, label=component["name"], color=colour)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes.legend(fontsize=7, ncol=4, loc="lower center", bbox_to_anchor=(0.5, -0.45))
         common.save(axes, folder / "components.png")
