@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write a plot over batch sizes to this PNG")
     args = parser.parse_args()
     if args.quick:
-        args.batch, args.prompts, args.new_tokens, args.repeat = [1, 4], 4, 8, 1
+        args.batch, args.prompts, args.new_tokens, args.repeat = args.batch[:2], 2, 8, 1
 
     model = common.load(args)
     ceilings = measure_ceilings(model.device, model.config.activation_dtype)
