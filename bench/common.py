@@ -84,7 +84,7 @@ def token_stream(model: LanguageModel, args: argparse.Namespace, count: int) -> 
     """Tokens to make prompts from: of the tests' prose, repeated, or random ones for random weights."""
     if args.preset is not None:
         return np.random.default_rng(0).integers(0, model.config.vocab_size, count).tolist()
-    ids = model.encode_prompt(PROSE.read_text(encoding="utf-8"))
+    ids = model.tokenizer.encode(PROSE.read_text(encoding="utf-8"))
     return (ids * -(-count // len(ids)))[:count]
 
 
