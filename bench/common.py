@@ -14,7 +14,7 @@ from importlib.metadata import version
 from itertools import islice, product
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ import numpy as np
 import orcd_jax
 from orcd_jax.config import ModelConfig
 from orcd_jax.device import select_device
-from orcd_jax.language_model import LanguageModel, choose_weights, configure
+from orcd_jax.language_model import Kernels, LanguageModel, choose_weights, configure
 from orcd_jax.loader import random_params
 from orcd_jax.probe import Ceilings
 
@@ -36,6 +36,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--preset", help="random weights of a preset's shapes (configs/) in place of a model")
     result.add_argument("--weights", choices=("auto", "int8", "bf16", "f32"), default="auto")
     result.add_argument("--device", choices=("cpu", "gpu"))
+    result.add_argument("--kernels", choices=get_args(Kernels), default="auto", help="as for load (%(default)s)")
     result.add_argument("--repeat", type=int, default=5, help="measured runs, after one to warm up (%(default)s)")
     result.add_argument("--within", type=float, metavar="SECONDS", help="begin no further row after so long")
     result.add_argument("--quick", action="store_true", help="fewer and shorter runs: that it works, not how fast")
@@ -56,14 +57,14 @@ def in_time(args: argparse.Namespace) -> bool:
 def load(args: argparse.Namespace) -> LanguageModel:
     """The model of `--model`, or one of `--preset`'s shapes with random weights and a made-up vocabulary."""
     if args.preset is None:
-        return orcd_jax.load(args.model, weights=args.weights, device=args.device)
+        return orcd_jax.load(args.model, weights=args.weights, device=args.device, kernels=args.kernels)
     device = select_device(args.device)
     config = ModelConfig.from_preset(args.preset)
     weights = choose_weights(args.weights, {"Q8_0"}, config, device)
     config = configure(config, weights, device)
     return LanguageModel(
         config, random_params(config, weights, device), vocabulary(config.vocab_size), None,
-        context=config.context_length, weights=weights, device=device,
+        context=config.context_length, weights=weights, device=device, kernels=args.kernels,
     )  # fmt: skip
 
 

@@ -137,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "-c", "--context", type=int, metavar="N", help="most tokens, prompt included; default: the model's"
     )
+    run.add_argument("--kernels", choices=("auto", "xla", "mosaic_gpu", "decode_step"), default="auto",
+        help="auto: the default of each operation; xla: no hand-written ones; mosaic_gpu: all of them, for an NVIDIA "
+        "Hopper GPU; decode_step: these, and one for the whole decode step of a single prompt")  # fmt: skip
     run.add_argument("--device", choices=("cpu", "gpu"), help="default: a GPU if JAX finds one")
 
     out = parser.add_argument_group("reports")
@@ -239,6 +242,7 @@ def _run(args: argparse.Namespace, interrupts: _Interrupts) -> int:
 
     model = load(
         args.model, weights=args.weights, kv_cache=args.kv_cache, context=args.context, device=args.device,
+        kernels=args.kernels,
         progress=not args.quiet and sys.stderr.isatty(),
     )  # fmt: skip
     options: dict[str, Any] = {

@@ -6,6 +6,7 @@ once. While the host reads one chunk of tokens, the next is already running.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
@@ -13,13 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orcd_jax import decoding, hub
+import pallas_kernels
+from orcd_jax import decoding, hub, single_row
 from orcd_jax.cache import KVCache, init_cache
 from orcd_jax.cache_policy import CachePolicy
 from orcd_jax.chat import ChatTemplate
@@ -31,7 +33,9 @@ from orcd_jax.loader import Params, load_params
 from orcd_jax.prefix import Prefix, digest, load_prefix
 from orcd_jax.sampling import Sampling, row_keys
 from orcd_jax.tokenizer import StreamDecoder, Tokenizer
+from pallas_kernels.implementation import on_hopper
 
+Kernels = Literal["auto", "xla", "mosaic_gpu", "decode_step"]
 FinishReason = Literal["stop", "length", "context", "interrupted"]  # the last: it had not ended
 
 MAX_LOGPROBS = 20
@@ -234,6 +238,7 @@ class LanguageModel:
       context: the most tokens, prompt and completion together, of a row.
       weights: the format of the matrices.
       device: where it runs.
+      kernels: as `load` has it.
     """
 
     def __init__(
@@ -246,10 +251,18 @@ class LanguageModel:
         context: int,
         weights: WeightFormat,
         device: jax.Device,
+        kernels: Kernels = "auto",
         load_s: float = 0.0,
     ):
+        _check_kernels(kernels, device)
+        if kernels == "decode_step":
+            with jax.default_device(device):
+                params = single_row.pack(params, config)
+            if single_row.PACKED not in params:
+                raise RequestError("kernels is 'decode_step', which this model's shapes or weights do not allow")
         self.config, self.params, self.tokenizer, self.template = config, params, tokenizer, template
         self.context, self.weights, self.device, self.load_s = context, weights, device, load_s
+        self.kernels = kernels
         self._buckets = _BUCKETS.get(device.platform, _BUCKETS["gpu"])
         self._programs: dict[Any, jax.stages.Compiled] = {}
         self._lock = threading.Lock()
@@ -715,7 +728,14 @@ class LanguageModel:
             return function(*before, self.config, *args[params:], **static)
 
         call.__name__ = function.__name__  # seen in profiles and dumps
-        return jax.jit(call, donate_argnums=donated).lower(*((self.params,) if params else ()), *args).compile()
+        with self.tracing():
+            return jax.jit(call, donate_argnums=donated).lower(*((self.params,) if params else ()), *args).compile()
+
+    def tracing(self) -> contextlib.AbstractContextManager[None]:
+        """The context to trace programs in, so that they run on the kernels that were asked for."""
+        if self.kernels == "auto":
+            return contextlib.nullcontext()
+        return pallas_kernels.use("xla" if self.kernels == "xla" else "mosaic_gpu")
 
     def _cache_bucket(self, length: int) -> int:
         """The cache length for so many tokens: a power of two from 256 up, or the whole context."""
@@ -752,12 +772,21 @@ def _listed(prompts: Any) -> list[Any]:
         ) from None
 
 
+def _check_kernels(kernels: str, device: jax.Device) -> None:
+    if kernels not in get_args(Kernels):
+        raise RequestError(f"kernels is {kernels!r}; expected {', '.join(get_args(Kernels))}")
+    with jax.default_device(device):
+        if kernels in ("mosaic_gpu", "decode_step") and not on_hopper():
+            raise RequestError(f"kernels is {kernels!r}, which needs an NVIDIA Hopper GPU and jax 0.11.2 or newer")
+
+
 def load(
     model: str | PathLike[str] = hub.DEFAULT_MODEL,
     weights: Literal["auto", "int8", "bf16", "f32"] = "auto",
     kv_cache: str = "full",
     context: int | None = None,
     device: Literal["cpu", "gpu"] | None = None,
+    kernels: Kernels = "auto",
     progress: bool = False,
 ) -> LanguageModel:
     """Load a model from a GGUF file.
@@ -769,10 +798,13 @@ def load(
       kv_cache: the cache policy, "full" or another of `CachePolicy`.
       context: the most tokens of a row; None: the model's own.
       device: "cpu" or "gpu"; None: JAX's default.
+      kernels: "auto": each op's default; "xla": none; "mosaic_gpu": all hand-written ones, for NVIDIA Hopper GPUs;
+        "decode_step": these, and a single one for the whole step of a row decoded alone, with a second copy of the
+        weights.
       progress: show downloading and loading on stderr.
 
     Raises:
-      RequestError: for a value that is not one of these, or a context longer than the model's.
+      RequestError: for a value that is not one of these, a context longer than the model's, or kernels that cannot run.
       GGUFError: if the file is malformed or holds what is not supported.
       CapacityError: if the weights do not fit the device.
       DownloadError: if the file cannot be fetched.
@@ -781,6 +813,7 @@ def load(
     if weights not in ("auto", "int8", "bf16", "f32"):
         raise RequestError(f"weights is {weights!r}; expected auto, int8, bf16 or f32")
     target = select_device(device)
+    _check_kernels(kernels, target)
     file, config = inspect(model, context, progress)
     chosen = choose_weights(weights, matrix_types(file), config, target)
     config = replace(configure(config, chosen, target), cache=CachePolicy.parse(kv_cache))
@@ -799,7 +832,8 @@ def load(
         params = load_params(file, config, chosen, target, progress)
     return LanguageModel(
         config, params, tokenizer, ChatTemplate.from_gguf(file),
-        context=context or config.context_length, weights=chosen, device=target, load_s=time.perf_counter() - start,
+        context=context or config.context_length, weights=chosen, device=target, kernels=kernels,
+        load_s=time.perf_counter() - start,
     )  # fmt: skip
 
 

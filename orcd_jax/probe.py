@@ -95,7 +95,8 @@ def _start(config: ModelConfig, batch: int, slots: int, sampling: Sampling) -> d
 
 def _compile(model: LanguageModel, decode: bool, steps: int, *args: Any) -> jax.stages.Compiled:
     call = partial(_decode, model.config, steps) if decode else partial(_prefill, model.config)
-    return jax.jit(call, donate_argnums=1).lower(model.params, *args).compile()
+    with model.tracing():
+        return jax.jit(call, donate_argnums=1).lower(model.params, *args).compile()
 
 
 def _decode(config: ModelConfig, steps: int, params: Any, state: decoding.DecodeState) -> Any:

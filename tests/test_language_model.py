@@ -545,3 +545,16 @@ def test_perplexity_of_int8_and_bf16_is_that_of_f32(default, default_model, figu
         assert abs(change) < 0.005
         del model
         gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("kernels", "message"), [("mosaic_gpu", "Hopper"), ("decode_step", "Hopper"), ("cuda", "expected auto, xla")]
+)
+def test_kernels_that_cannot_run_are_refused(tiny, kernels, message):
+    with pytest.raises(RequestError, match=message):
+        orcd_jax.load(tiny("qwen2"), kernels=kernels, device="cpu")
+
+
+def test_no_kernels_can_be_asked_for(tiny, qwen):
+    expected = qwen.generate([[1, 2, 3]], 4)[0].token_ids
+    assert orcd_jax.load(tiny("qwen2"), kernels="xla").generate([[1, 2, 3]], 4)[0].token_ids == expected
