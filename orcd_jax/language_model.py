@@ -486,7 +486,8 @@ class LanguageModel:
     def _not_finite(self, ids: list[int]) -> NonFiniteError:
         """The error for a sequence whose logits are not finite; names the part of the model where that begins."""
         tokens = jnp.asarray([ids], jnp.int32, device=self.device)
-        where = decoding.first_not_finite(self.params, self.config, tokens) or "only some of the batched programs"
+        with jax.default_device(self.device), self.tracing():
+            where = decoding.first_not_finite(self.params, self.config, tokens) or "only some of the batched programs"
         return NonFiniteError(
             f"the model's logits are not finite after {len(ids)} tokens, beginning in {where}; the weights may be "
             "damaged, or too large for bfloat16 activations: try weights='f32'"
