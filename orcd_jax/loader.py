@@ -91,16 +91,16 @@ def load_params(
         ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS)) as pool,
         tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress, leave=False) as bar,
     ):
-        in_flight: list[Any] = []
+        in_flight: list[tuple[Any, int]] = []
         for path, parts in plan.items():
             node = params
             for key in path[:-1]:
                 node = node.setdefault(key, {})
             node[path[-1]] = jax.device_put(_assemble(file, parts, weights, pool), device)
             # Transfers overlap with the next tensors' assembly, but the host must not hold the whole model.
-            in_flight.append(node[path[-1]])
-            while len(in_flight) > 1 and _bytes(in_flight) > _IN_FLIGHT:
-                jax.block_until_ready(in_flight.pop(0))
+            in_flight.append((node[path[-1]], sum(x.nbytes for x in jax.tree.leaves(node[path[-1]]))))
+            while len(in_flight) > 1 and sum(size for _, size in in_flight) > _IN_FLIGHT:
+                jax.block_until_ready(in_flight.pop(0)[0])
             bar.update(sum(part.info.data.nbytes for part in parts))
         jax.block_until_ready(params)
     return params
@@ -248,7 +248,7 @@ def _assemble(
         def fill_blocks(span: tuple[_Part, slice, int]) -> None:
             part, source, first = span
             target = slice(first + source.start, first + source.stop)
-            blocks.values[target], blocks.scales[target] = _blocks(file, part, source)
+            _fill_blocks(file, part, source, QuantizedArray(blocks.values[target], blocks.scales[target]))
 
         list(pool.map(fill_blocks, spans))
         return blocks
@@ -261,10 +261,6 @@ def _assemble(
 
     list(pool.map(fill_matrix, spans))
     return matrix
-
-
-def _bytes(tree: Any) -> int:
-    return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
 def _rows(part: _Part, source: slice) -> slice | np.ndarray:
@@ -280,15 +276,15 @@ def _floats(file: GGUFFile, part: _Part, rows: slice | np.ndarray) -> np.ndarray
     return values
 
 
-def _blocks(file: GGUFFile, part: _Part, source: slice) -> QuantizedArray:
-    """Rows as int8 blocks: as they are in the file for Q8_0, requantised otherwise."""
+def _fill_blocks(file: GGUFFile, part: _Part, source: slice, out: QuantizedArray) -> None:
+    """Write rows as int8 blocks to `out`: as they are in the file for Q8_0, requantised otherwise."""
     rows = _rows(part, source)
     if part.info.type != Type.Q8_0:
         try:
-            return quantize(_floats(file, part, rows))
+            out.values[...], out.scales[...] = quantize(_floats(file, part, rows))
         except ValueError as reason:
             raise GGUFError(f"{file.path}: tensor {part.info.name!r} cannot be made int8: {reason}") from None
-    blocks = split_q8_0(part.info.data[rows])
-    if not np.isfinite(blocks.scales).all():
+        return
+    split_q8_0(part.info.data[rows], out)
+    if not np.isfinite(out.scales).all():
         raise GGUFError(f"{file.path}: tensor {part.info.name!r} has scales that are not finite")
-    return blocks

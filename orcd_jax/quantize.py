@@ -43,12 +43,19 @@ def quantize(x: np.ndarray) -> QuantizedArray:
     return QuantizedArray(values.reshape(x.shape), scales)
 
 
-def split_q8_0(raw: np.ndarray) -> QuantizedArray:
-    """Split rows of Q8_0 blocks, uint8 [out, in / 32 * 34], into values and scales, bit for bit."""
+def split_q8_0(raw: np.ndarray, out: QuantizedArray | None = None) -> QuantizedArray:
+    """Split rows of Q8_0 blocks, uint8 [out, in / 32 * 34], into values and scales, bit for bit.
+
+    Args:
+      out: where they go, C-contiguous NumPy arrays; None: new ones.
+    """
     blocks = raw.reshape(raw.shape[0], -1, 2 + BLOCK)
-    scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
-    values = np.ascontiguousarray(blocks[..., 2:]).view(np.int8)
-    return QuantizedArray(values.reshape(raw.shape[0], -1), scales)
+    if out is None:
+        shape = blocks.shape[:2]
+        out = QuantizedArray(np.empty((shape[0], BLOCK * shape[1]), np.int8), np.empty(shape, np.float16))
+    np.asarray(out.values).reshape(*blocks.shape[:2], BLOCK)[...] = blocks[..., 2:].view(np.int8)
+    np.asarray(out.scales).view(np.uint8).reshape(*blocks.shape[:2], 2)[...] = blocks[..., :2]
+    return out
 
 
 def dequantize(x: QuantizedArray, dtype: jnp.dtype = jnp.float32) -> jax.Array:
