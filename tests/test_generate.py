@@ -284,6 +284,7 @@ def test_interrupted_it_keeps_what_there_is_and_exits_130(tiny):
 def test_interrupted_reports_are_whole(run, model, tmp_path, monkeypatch, how):
     """Ctrl-C comes in a callback that swallows it, in the middle of a generation."""
     accept, calls = LanguageModel._accept, []
+    handler = signal.getsignal(signal.SIGINT)
 
     def interrupted(*args):
         calls.append(args)
@@ -301,7 +302,7 @@ def test_interrupted_reports_are_whole(run, model, tmp_path, monkeypatch, how):
     assert status == 130 and len(calls) == 3 and "new tokens" in err
     assert [row["finish_reason"] for row in rows] == ["interrupted", "length"][: len(rows)]
     assert [len(row["token_ids"]) for row in rows] == [17, 2][: len(rows)]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_an_interruption_waits_for_imports(run, model, monkeypatch):
