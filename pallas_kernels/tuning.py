@@ -1,6 +1,6 @@
 """Kernel configurations found by measuring, kept in `tuned/<device>.json`: {op: {shape key: {field: value}}}.
 
-`python -m pallas_kernels.tune` writes them. A shape or device without an entry runs on the kernel's heuristic.
+A shape or device without an entry runs on the kernel's heuristic; so far there are no entries.
 """
 
 from __future__ import annotations
