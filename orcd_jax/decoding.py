@@ -190,11 +190,10 @@ def emit(
     Args:
       top_logprobs: None: no log-probabilities; K >= 0: the chosen token's, and those of the K likeliest.
     """
-    logits = head(params, config, hidden)
-    with jax.named_scope("sampling"):
-        return _emit(config, state, logits, top_logprobs)
+    return _emit(config, state, head(params, config, hidden), top_logprobs)
 
 
+@jax.named_scope("sampling")
 def _emit(
     config: ModelConfig, state: DecodeState, logits: jax.Array, top_logprobs: int | None
 ) -> tuple[DecodeState, Emitted]:
@@ -245,8 +244,7 @@ def decode(
             logits = head(params, config, hidden[:, 0])
         else:
             logits, cache, handover = single_row.step(params, config, state.tokens, state.cache, counts, handover)
-        with jax.named_scope("sampling"):
-            state, emitted = _emit(config, replace(state, cache=cache), logits, top_logprobs)
+        state, emitted = _emit(config, replace(state, cache=cache), logits, top_logprobs)
         return (state, handover), emitted
 
     (state, _), emitted = lax.scan(step, (state, single_row.begin(params, config, state.cache)), None, length=steps)

@@ -31,7 +31,7 @@ from orcd_jax.errors import GGUFError, NonFiniteError, RequestError, TemplateErr
 from orcd_jax.gguf_reader import GGUFFile
 from orcd_jax.loader import Params, load_params
 from orcd_jax.prefix import Prefix, digest, load_prefix
-from orcd_jax.sampling import Sampling, row_keys
+from orcd_jax.sampling import Sampling, row_keys, value_dtype
 from orcd_jax.tokenizer import StreamDecoder, Tokenizer
 from pallas_kernels.implementation import on_hopper
 
@@ -683,7 +683,7 @@ class LanguageModel:
         columns = {}
         for name in (f.name for f in fields(Sampling)):
             values = [getattr(row.sampling, name) for row in rows] + [getattr(GREEDY, name)] * padding
-            columns[name] = np.array(values, np.int32 if name == "top_k" else np.float32)
+            columns[name] = np.array(values, value_dtype(name))
         remaining = np.array([row.budget for row in rows] + [0] * padding, np.int32)
         keys = row_keys([row.seed for row in rows] + [0] * padding)
         args = (remaining, keys, stop_ids, Sampling(**columns))

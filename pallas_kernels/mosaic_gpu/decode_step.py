@@ -46,6 +46,7 @@ from pallas_kernels.decode_step import (
     PackedWeights,
     check,
 )  # fmt: skip
+from pallas_kernels.mosaic_gpu import processors
 from pallas_kernels.mosaic_gpu import threads as t
 from pallas_kernels.mosaic_gpu.threads import Scalar
 from pallas_kernels.tuning import choose
@@ -70,8 +71,8 @@ class Config:
 
 
 def heuristic() -> Config:
-    """One block for each SM of the default device; 132, an H100's, where that is not a GPU."""
-    return Config(blocks=getattr(jax.devices()[0], "core_count", None) or 132, teams=2)
+    """One block for each SM."""
+    return Config(blocks=processors(), teams=2)
 
 
 def search_space() -> Iterable[Config]:

@@ -36,6 +36,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
+from pallas_kernels.mosaic_gpu import processors
 from pallas_kernels.tuning import choose
 
 BLOCK = 32  # weights with one scale
@@ -100,7 +101,7 @@ def heuristic(m: int, out: int, width: int, out_bytes: int = 2, swiglu: bool = F
     def microseconds(config: Config) -> float:
         tiles = -(-m // config.tile_m) * -(-out // (ROWS if swiglu else 2 * ROWS)) * config.split
         # A cluster of four or eight lies within one of the card's groups of 16 or 18 SMs.
-        room = _processors() if config.split <= 2 else _processors() // 16 * 16
+        room = processors() if config.split <= 2 else processors() // 16 * 16
         rounds = -(-tiles // room)
         steps = -(-width // (STEP * config.split))
         tile = steps * _MICROSECONDS[config.tile_m] + config.tile_m / 150
@@ -262,7 +263,7 @@ def _call(
     steps = pl.cdiv(pl.cdiv(width, STEP), split)  # of a CTA; past the end of the rows, TMA fills with zeros
     m_tiles, n_tiles = pl.cdiv(m, tile_m), pl.cdiv(out, tile_n * cluster)
     tiles = m_tiles * n_tiles
-    ctas = min(_processors() // cluster, tiles) if split == 1 else tiles  # in clusters
+    ctas = min(processors() // cluster, tiles) if split == 1 else tiles  # in clusters
     chunk, chunks = config.rows_at_once(swiglu), config.chunks(swiglu)
     slots = SLOTS if residual is None else chunks  # what is added waits where the result will be
     blocks = width // BLOCK
@@ -482,11 +483,6 @@ def _call(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
     return kernel(x, values, scales, *(a for a in (bias, residual) if a is not None))
-
-
-def _processors() -> int:
-    """The SMs of the default device; an H100's where a program is compiled without one."""
-    return getattr(jax.devices()[0], "core_count", None) or 132
 
 
 def _prepare(
