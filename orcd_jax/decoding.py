@@ -20,7 +20,7 @@ from orcd_jax.config import ModelConfig
 from orcd_jax.errors import RequestError
 from orcd_jax.loader import Params
 from orcd_jax.model import Decoder
-from orcd_jax.sampling import Sampling, penalize, portable_keys, sample, value_dtype
+from orcd_jax.sampling import Method, Sampling, penalize, portable_keys, sample, value_dtype
 from pallas_kernels import top_k
 from pallas_kernels.decode_step import Handover
 
@@ -28,6 +28,7 @@ NO_TOKEN = -1  # emitted by a row that has ended
 NOT_FINITE = -2  # emitted by a row whose logits are not finite; it ends there
 MAX_STOP_IDS = 16  # a row's stop ids, padded with NO_TOKEN
 _PREFILL_CHUNK = 512
+_STEPS_AT_ONCE = 4  # of one kernel each
 
 
 @jax.tree_util.register_dataclass
@@ -183,25 +184,31 @@ def prefill(
 
 
 def emit(
-    params: Params, config: ModelConfig, state: DecodeState, hidden: jax.Array, top_logprobs: int | None = None
+    params: Params,
+    config: ModelConfig,
+    state: DecodeState,
+    hidden: jax.Array,
+    top_logprobs: int | None = None,
+    method: Method = "any",
 ) -> tuple[DecodeState, Emitted]:
     """Choose each row's next token from its last hidden state [B, D].
 
     Args:
       top_logprobs: None: no log-probabilities; K >= 0: the chosen token's, and those of the K likeliest.
+      method: as in `sample`.
     """
-    return _emit(config, state, head(params, config, hidden), top_logprobs)
+    return _emit(config, state, head(params, config, hidden), top_logprobs, method)
 
 
 @jax.named_scope("sampling")
 def _emit(
-    config: ModelConfig, state: DecodeState, logits: jax.Array, top_logprobs: int | None
+    config: ModelConfig, state: DecodeState, logits: jax.Array, top_logprobs: int | None, method: Method
 ) -> tuple[DecodeState, Emitted]:
     known = config.known_tokens or config.vocab_size
     ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     masked = jnp.where(ids < known, logits, -jnp.inf)
     penalized = penalize(masked, state.seen, state.sampling.repeat_penalty)
-    tokens = sample(penalized, state.sampling, state.keys, state.cache.lengths)
+    tokens = sample(penalized, state.sampling, state.keys, state.cache.lengths, method)
 
     running = state.remaining > 0
     # NaN and infinity are where argmax points to; `sample` needs it too, and XLA computes it once.
@@ -224,9 +231,14 @@ def _emit(
 
 
 def decode(
-    params: Params, config: ModelConfig, state: DecodeState, steps: int, top_logprobs: int | None = None
+    params: Params,
+    config: ModelConfig,
+    state: DecodeState,
+    steps: int,
+    top_logprobs: int | None = None,
+    method: Method = "any",
 ) -> tuple[DecodeState, Emitted]:
-    """Decode `steps` tokens a row with the cache as carried state.
+    """Decode `steps` tokens a row with the cache as carried state; other arguments as in `emit`.
 
     Parameters from `single_row.pack` are used by its kernel where that can be.
 
@@ -244,10 +256,13 @@ def decode(
             logits = head(params, config, hidden[:, 0])
         else:
             logits, cache, handover = single_row.step(params, config, state.tokens, state.cache, counts, handover)
-        state, emitted = _emit(config, replace(state, cache=cache), logits, top_logprobs)
+        state, emitted = _emit(config, replace(state, cache=cache), logits, top_logprobs, method)
         return (state, handover), emitted
 
-    (state, _), emitted = lax.scan(step, (state, single_row.begin(params, config, state.cache)), None, length=steps)
+    handover = single_row.begin(params, config, state.cache)
+    # An iteration costs a GPU 11 us, much for a step of few kernels; more kernels would take long to compile.
+    unroll = 1 if handover is None else _STEPS_AT_ONCE
+    (state, _), emitted = lax.scan(step, (state, handover), None, length=steps, unroll=unroll)
     return state, emitted
 
 

@@ -31,7 +31,7 @@ from orcd_jax.errors import GGUFError, NonFiniteError, RequestError, TemplateErr
 from orcd_jax.gguf_reader import GGUFFile
 from orcd_jax.loader import Params, load_params
 from orcd_jax.prefix import Prefix, digest, load_prefix
-from orcd_jax.sampling import Sampling, row_keys, value_dtype
+from orcd_jax.sampling import Method, Sampling, method_of, row_keys, value_dtype
 from orcd_jax.tokenizer import StreamDecoder, Tokenizer
 from pallas_kernels.implementation import on_hopper
 
@@ -620,10 +620,11 @@ class LanguageModel:
         hidden = jnp.zeros((batch, self.config.d_model), self.config.activation_dtype, device=self.device)
         for tokens, counts in self._prompt_chunks(rows, batch, longest):
             state, hidden = self._call(clock, decoding.prefill, (state, hidden, tokens, counts), donate=(0, 1))
-        state, emitted = self._call(clock, decoding.emit, (state, hidden), donate=0, top_logprobs=logprobs)
+        options: dict[str, Any] = {"top_logprobs": logprobs, "method": self.sampling_method([row.sampling for row in rows])}
+        state, emitted = self._call(clock, decoding.emit, (state, hidden), donate=0, **options)
         chunk = jax.tree.map(lambda x: x[None], emitted)
         clock.prompt_tokens, clock.rows = sum(len(row.ids) for row in rows), len(rows)
-        options: dict[str, Any] = {"steps": steps, "top_logprobs": logprobs}
+        options["steps"] = steps
         dispatched = 1
 
         def dispatch() -> decoding.Emitted:
@@ -731,6 +732,10 @@ class LanguageModel:
         call.__name__ = function.__name__  # seen in profiles and dumps
         with self.tracing():
             return jax.jit(call, donate_argnums=donated).lower(*((self.params,) if params else ()), *args).compile()
+
+    def sampling_method(self, rows: Sequence[Sampling]) -> Method:
+        """How programs for rows of plain numbers sample; on a CPU always as one program can that serves all."""
+        return "any" if self.device.platform == "cpu" else method_of(rows)
 
     def tracing(self) -> contextlib.AbstractContextManager[None]:
         """The context to trace programs in, so that they run on the kernels that were asked for."""

@@ -16,7 +16,7 @@ from jax import lax
 from orcd_jax import decoding
 from orcd_jax.config import ModelConfig
 from orcd_jax.language_model import GREEDY, LanguageModel
-from orcd_jax.sampling import Sampling, row_keys
+from orcd_jax.sampling import Method, Sampling, row_keys
 
 _FOREVER = 1 << 30
 
@@ -60,7 +60,8 @@ class Probe:
             tokens = random.integers(0, config.vocab_size, (batch, prompt or 0)).astype(np.int32)
             self._rest = () if prompt is None else (jnp.asarray(tokens), jnp.full(batch, prompt, jnp.int32))
             began = time.perf_counter()
-            self.compiled = _compile(model, prompt is None, steps, self._state, *self._rest)
+            method = model.sampling_method([sampling])
+            self.compiled = _compile(model, prompt is None, steps, method, self._state, *self._rest)
             self.compile_s = time.perf_counter() - began
 
     def run(self, times: int = 1) -> None:
@@ -83,7 +84,7 @@ def program_memory(model: LanguageModel, batch: int, slots: int, *, prompt: int 
     shapes = () if prompt is None else ((batch, prompt), (batch,))
     rest = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
     with jax.default_device(model.device):
-        return _compile(model, prompt is None, 8, state, *rest).memory_analysis()
+        return _compile(model, prompt is None, 8, "any", state, *rest).memory_analysis()
 
 
 def _start(config: ModelConfig, batch: int, slots: int, sampling: Sampling) -> decoding.DecodeState:
@@ -93,23 +94,23 @@ def _start(config: ModelConfig, batch: int, slots: int, sampling: Sampling) -> d
     return decoding.init_state(config, remaining, keys, stop_ids, sampling.rows(batch), slots)
 
 
-def _compile(model: LanguageModel, decode: bool, steps: int, *args: Any) -> jax.stages.Compiled:
-    call = partial(_decode, model.config, steps) if decode else partial(_prefill, model.config)
+def _compile(model: LanguageModel, decode: bool, steps: int, method: Method, *args: Any) -> jax.stages.Compiled:
+    call = partial(_decode, model.config, steps, method) if decode else partial(_prefill, model.config, method)
     with model.tracing():
         return jax.jit(call, donate_argnums=1).lower(model.params, *args).compile()
 
 
-def _decode(config: ModelConfig, steps: int, params: Any, state: decoding.DecodeState) -> Any:
-    state, emitted = decoding.decode(params, config, state, steps)
+def _decode(config: ModelConfig, steps: int, method: Method, params: Any, state: decoding.DecodeState) -> Any:
+    state, emitted = decoding.decode(params, config, state, steps, method=method)
     return state, emitted.tokens
 
 
 def _prefill(
-    config: ModelConfig, params: Any, state: decoding.DecodeState, tokens: jax.Array, counts: jax.Array
+    config: ModelConfig, method: Method, params: Any, state: decoding.DecodeState, tokens: jax.Array, counts: jax.Array
 ) -> Any:
     hidden = jnp.zeros((tokens.shape[0], config.d_model), config.activation_dtype)
     state, hidden = decoding.prefill(params, config, state, hidden, tokens, counts)
-    state, emitted = decoding.emit(params, config, state, hidden)
+    state, emitted = decoding.emit(params, config, state, hidden, method=method)
     return state, emitted.tokens
 
 

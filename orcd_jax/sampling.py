@@ -8,9 +8,9 @@ Nguyen et al. 2024, https://arxiv.org/abs/2407.01082. The draw is the Gumbel-max
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,9 @@ _LEAST = 1e-37  # that is not zero, or nearly so, there
 
 # Rows that keep at most this many tokens by top-k are sampled from the largest few, without sorting the vocabulary.
 _CANDIDATES = 64
+
+Method = Literal["greedy", "candidates", "any"]
+"""What a batch needs: no draw, draws from the largest few, or a decision in every step, which costs a GPU some 25 us."""
 
 
 @jax.tree_util.register_dataclass
@@ -94,6 +97,14 @@ def value_dtype(name: str) -> Any:
     return jnp.int32 if name == "top_k" else jnp.float32
 
 
+def method_of(rows: Sequence[Sampling]) -> Method:
+    """The cheapest method that serves all rows, of plain numbers."""
+    drawing = [row for row in rows if row.temperature > 0]
+    if not drawing:
+        return "greedy"
+    return "candidates" if all(0 < row.top_k <= _CANDIDATES for row in drawing) else "any"
+
+
 def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
     """Apply the repeat penalty [B] to logits [B, V] where seen, bool [B, V]; what was finite stays so."""
     penalty = penalty[:, None]
@@ -102,7 +113,9 @@ def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Arra
     return jnp.where(seen & jnp.isfinite(logits), penalized, logits)
 
 
-def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array, steps: jax.Array) -> jax.Array:
+def sample(
+    logits: jax.Array, sampling: Sampling, keys: jax.Array, steps: jax.Array, method: Method = "any"
+) -> jax.Array:
     """Choose one token a row.
 
     Args:
@@ -110,9 +123,10 @@ def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array, steps: jax.Ar
       sampling: values [B].
       keys: random keys [B]; a row's draw depends on its key, its step and its own logits alone.
       steps: int32 [B], folded into the keys.
+      method: static; one that serves all rows.
 
     Returns:
-      Token ids, int32 [B]; a tie goes to the lower id.
+      Token ids, int32 [B]; a tie goes to the lower id. They do not depend on the method.
     """
     vocab = logits.shape[-1]
     candidates = min(_CANDIDATES, vocab)
@@ -124,13 +138,17 @@ def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array, steps: jax.Ar
 
     def draw_all() -> jax.Array:
         ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-        descending, ids = lax.sort((-logits, ids), num_keys=1, is_stable=True)
+        # By two keys: with one, XLA takes CUB's sort, which cannot be part of a command buffer.
+        descending, ids = lax.sort((-logits, ids), num_keys=2, is_stable=False)
         return _draw(-descending, ids, sampling, keys, steps)
 
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # One switch, not two conditions: on a GPU each costs a decode step some 15 us.
+    if method == "greedy":
+        return greedy
+    if method == "candidates":
+        return jnp.where(drawing, draw_few(), greedy)
     branch = jnp.where(jnp.any(drawing), jnp.where(jnp.all(few), 1, 2), 0)
-    drawn = lax.switch(branch, (lambda: greedy, draw_few, draw_all))
+    drawn = lax.switch(branch, (lambda: greedy, draw_few, draw_all))  # one switch: two conditions would cost twice
     return jnp.where(drawing, drawn, greedy)
 
 

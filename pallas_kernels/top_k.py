@@ -27,17 +27,29 @@ def reference(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 def tournament(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The op in rounds, for a GPU."""
-    ids = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    ids, known = lax.broadcasted_iota(jnp.int32, x.shape, 1), False
     most = _GROUPS if x.shape[0] < _MANY else _GROUPS_OF_MANY
     while (size := x.shape[1]) > most * 3 // 2:
         group = 1 << ((size // most).bit_length() - 1)
-        padding = ((0, 0), (0, -size % group))
-        x = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(x.shape[0], -1, group)
-        ids = jnp.pad(ids, padding, constant_values=jnp.iinfo(ids.dtype).max).reshape(x.shape)
+        x = _cut(x, group, -jnp.inf)
+        # Padded numbers that count up would be a constant of the row's size.
+        ids = _cut(ids, group, jnp.iinfo(ids.dtype).max) if known else _count(x)
         best = _order(jnp.max(x, axis=-1), ids[..., 0], k)[..., None]
         x, ids = (jnp.take_along_axis(a, best, axis=1, mode="clip").reshape(a.shape[0], -1) for a in (x, ids))
+        known = True
     best = _order(x, ids, k)
     return jnp.take_along_axis(x, best, axis=1, mode="clip"), jnp.take_along_axis(ids, best, axis=1, mode="clip")
+
+
+def _cut(x: jax.Array, group: int, filling: float) -> jax.Array:
+    """Rows [B, C] in groups [B, any, group], padded."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % group)), constant_values=filling).reshape(x.shape[0], -1, group)
+
+
+def _count(x: jax.Array) -> jax.Array:
+    """The places in a row of x [B, groups, group]."""
+    group = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return group * x.shape[2] + lax.broadcasted_iota(jnp.int32, x.shape, 2)
 
 
 def _order(x: jax.Array, ids: jax.Array, k: int) -> jax.Array:

@@ -304,6 +304,11 @@ def _int8_to_bfloat16(word: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(low - sign).view(np.uint32)[:, 0]
 
 
+def _subtract_halves(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    halves = [np.ascontiguousarray(x)[:, None].view(np.float16) for x in (a, b)]
+    return np.ascontiguousarray(halves[0] - halves[1]).view(np.uint32)[:, 0]
+
+
 def _pure(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda machine, match, operands, mask: [function(*operands)]
 
@@ -340,6 +345,7 @@ _PTX: list[tuple[str, Callable[..., Any]]] = [
     (r"sub\.rn\.bf16x2 \$0, low, sign", _pure(_int8_to_bfloat16)),
     (r"cvt\.f32\.f16 \$0, a; cvt\.f32\.f16 \$1, b", lambda machine, match, operands, mask: _unpack(*operands)),
     (r"^cvt\.rn\.bf16x2\.f32 \$0, \$1, 0f00000000;$", _pure(lambda high: _pack(high * 0, high, ml_dtypes.bfloat16))),
+    (r"^sub\.rn\.f16x2", _pure(_subtract_halves)),
     (r"^cvt\.rn\.f16x2\.f32 \$0, \$2, \$1;$", _pure(lambda low, high: _pack(low, high, np.float16))),
     (r"^ld\.shared\.v2\.b64", _Machine.load_addresses),
     (r"^st\.shared\.b64", _Machine.store_address),
@@ -350,5 +356,5 @@ _PTX: list[tuple[str, Callable[..., Any]]] = [
     (r"^rcp\.", _pure(lambda x: 1 / x)),
     (r"^ex2\.", _pure(np.exp2)),
     (r"^lg2\.", _pure(np.log2)),
-    (r"^(fence|bar\.sync|bar\.warp|barrier\.cluster|mbarrier|prefetch|nanosleep)|mbarrier\.try_wait", lambda *_: None),
+    (r"^(fence|setmaxnreg|bar\.sync|bar\.warp|barrier\.cluster|mbarrier|prefetch|nanosleep)|mbarrier\.try_wait", lambda *_: None),
 ]

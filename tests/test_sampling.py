@@ -10,7 +10,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from orcd_jax.errors import RequestError
-from orcd_jax.sampling import Sampling, penalize, row_keys, sample
+from orcd_jax.sampling import Sampling, method_of, penalize, row_keys, sample, value_dtype
 
 compiled_sample = jax.jit(sample)
 EVERYTHING = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # truncates nothing
@@ -287,3 +287,23 @@ def test_row_keys_are_of_one_generator():
     with jax.default_prng_impl("rbg"):
         assert jnp.array_equal(jax.random.key_data(row_keys(seeds)), jax.random.key_data(keys))
         assert row_keys(seeds).dtype == keys.dtype
+
+
+@pytest.mark.parametrize(
+    "rows, method",
+    [
+        ([Sampling(temperature=0)], "greedy"),
+        ([Sampling(temperature=0, top_k=0), Sampling()], "candidates"),
+        ([Sampling(top_k=0)], "any"),
+        ([Sampling(top_k=65), Sampling(temperature=0)], "any"),
+    ],
+)
+def test_every_method_that_serves_the_rows_chooses_the_same(rows, method):
+    assert method_of(rows) == method
+    logits = jax.random.normal(jax.random.key(0), (len(rows), 300)) * 3
+    names = vars(rows[0])
+    values = Sampling(**{n: jnp.asarray([getattr(row, n) for row in rows], value_dtype(n)) for n in names})
+    keys, steps = row_keys(list(range(len(rows)))), jnp.arange(len(rows), dtype=jnp.int32)
+    expected = sample(logits, values, keys, steps)
+    for able in {"greedy": ("greedy", "candidates"), "candidates": ("candidates",), "any": ()}[method]:
+        assert np.array_equal(sample(logits, values, keys, steps, able), expected)

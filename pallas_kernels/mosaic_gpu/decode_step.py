@@ -13,9 +13,9 @@ behind what others overwrite.
 
 Weights are packed (`pack`) in groups of 16 rows and 128 inputs, 2,176 bytes, in the order in which the lanes of a warp
 take them as the left operand of mma.m16n8k16. A byte u holds the weight plus 128; with the byte 0x64 above it, it is
-the float16 1152 + weight, exactly. The accumulators start at -1152 sum(x) of the block of 32, and so hold the exact
-sum of weight times x, which the block's scale multiplies in float32. Activations are float16 with 1/16 of their
-value: finer than bfloat16 from 3e-4 on, within 5e-7 below that, and good up to a million.
+the float16 1152 + weight, and 1152 less is the weight, exactly. A block's scale multiplies the exact sum of 32 products
+in float32. Activations are float16 with 1/16 of their value: finer than bfloat16 from 3e-4 on, within 5e-7 below that,
+and good up to a million.
 """
 
 from __future__ import annotations
@@ -151,9 +151,7 @@ class _Kernel:
         self.outputs = take(4 * self.warps * self.group * self.row_words)
         self.maxima = take(4 * self.warps * 8)
         self.sums = take(4 * self.warps * 8)
-        self.x = take(4 * m.d_model)
         self.activations = take(2 * width)
-        self.corrections = take(4 * width // 32)
         self.squares = take(4 * self.warps)
         self.queries = take(2 * 8 * m.head_dim)
         self.new_key = take(2 * m.head_dim)
@@ -165,6 +163,12 @@ class _Kernel:
         self.slots = min(64, (SHARED_BYTES - offset) // SLOT_BYTES)
         self.shared_bytes = offset + self.slots * SLOT_BYTES
 
+    def _registers(self) -> tuple[int, int]:
+        """Registers of a multiplying thread, and of one of the producer's warpgroup."""
+        each = min(255, (1 << 16) // (self.threads + 128)) // 8 * 8
+        rest = 24
+        return min(240, each + (each - rest) * 128 // self.threads // 8 * 8), rest
+
     def emit(self, *refs: Any) -> None:
         """All of the kernel. `refs`: position, step, x, angles, the `PackedWeights`, keys and values of each layer,
         the handover's words, result, shared memory."""
@@ -172,8 +176,8 @@ class _Kernel:
         weights: Any = PackedWeights(*packed)
         *caches, space, result, shared = refs[8:]
         m = self.model
-        self.base = t.shared_address(shared)
-        self.thread, self.block = t.thread_index(), t.block_index()
+        self.base = t.kept(t.shared_address(shared))
+        self.thread, self.block = t.kept(t.thread_index()), t.block_index()
         self.warp, self.lane = self.thread >> 5, self.thread & 31
         self.weights, self.space = t.global_address(weights.layers), t.global_address(space)
         self.vectors, self.result = t.global_address(weights.vectors), t.global_address(result)
@@ -197,9 +201,13 @@ class _Kernel:
             for i in range(0, zeros, self.threads):
                 t.store_shared(self.base + self.queries + (self.thread + i) * 4, t.constant(0))
         t.synchronize(0, self.threads + 128)
-        with t.when(self.thread.equals(self.threads)):
-            self._produce(full, empty)
+        own, rest = self._registers()
+        with t.when(self.thread >= self.threads):
+            t.set_registers("dec", rest)
+            with t.when(self.thread.equals(self.threads)):
+                self._produce(full, empty)
         with t.when(self.thread < self.threads):
+            t.set_registers("inc", own)
             self.full, self.empty = full, empty
             self._consume(t.global_address(x))
 
@@ -254,12 +262,7 @@ class _Kernel:
         m, stages = self.model, self.stages
         norms = 2 * m.d_model + m.qkv_rows
 
-        def pair(index: Scalar) -> None:
-            t.store_shared(self.base + self.x + index * 8, *t.load_global(x + (index * 8).wide(), 2))
-
-        self._each(m.d_model // 2, lambda index, _: pair(index))
-
-        def layer(index: Scalar, turn: Scalar, count: Scalar) -> Sequence[Scalar]:
+        def layer(index: Scalar, turn: Scalar, count: Scalar, *x: Scalar) -> Sequence[Scalar]:
             self.tag = self.first_tag + index
             layer_bytes = COPIES * 8 * self.words.total
             self.here = self.space + ((index & 1) * layer_bytes).wide()
@@ -269,45 +272,49 @@ class _Kernel:
             pointers = self.base + self.pointers + index * 16
             self.keys, self.values = t.ptx("ld.shared.v2.b64 {$0, $1}, [$2];", pointers, results=[t.i64()] * 2)
 
-            scales = self._scales(vectors)
-            with t.when(index.differs(0)):
-                self._residual(before, self.words.down, DOWN_SPLIT, self.tag - 1)
-            self._normal(scales)
+            scales = self._of_pairs(vectors)
+
+            def add(_: Scalar, *x: Scalar) -> Sequence[Scalar]:
+                return self._residual(x, before, self.words.down, DOWN_SPLIT, self.tag - 1)
+
+            x = tuple(t.loop(0, t.minimum(index, 1), 1, x, add))  # the first layer has nothing to add
+            self._normal(x, scales)
             share = self._share(stages[0], turn)
             bias = vectors + 4 * 2 * m.d_model
-            count = self._multiply(stages[0], share, count, lambda unit: self._qkv(unit, bias), 8)
+            count = self._multiply(stages[0], share, count, lambda unit: self._qkv(unit, bias))
             self._attend(turn)
             turn = self._next(stages[0], turn)
 
             share = self._share(stages[1], turn)
             with t.when(share[1].differs(0)):
                 self._merge(mine)
-            count = self._multiply(stages[1], share, count, lambda unit: self._rows(stages[1], unit), 16)
+            count = self._multiply(stages[1], share, count, lambda unit: self._rows(stages[1], unit))
             turn = self._next(stages[1], turn)
 
-            scales = self._scales(vectors + 4 * m.d_model)
-            self._residual(mine, self.words.out, 1, self.tag)
-            self._normal(scales)
+            scales = self._of_pairs(vectors + 4 * m.d_model)
+            x = self._residual(x, mine, self.words.out, 1, self.tag)
+            self._normal(x, scales)
             share = self._share(stages[2], turn)
-            count = self._multiply(stages[2], share, count, self._swiglu, 4)
+            count = self._multiply(stages[2], share, count, self._swiglu)
             turn = self._next(stages[2], turn)
 
             share = self._share(stages[3], turn)
             with t.when(share[1].differs(0)):
                 self._hidden(mine, share)
-            count = self._multiply(stages[3], share, count, lambda unit: self._rows(stages[3], unit), 16)
-            return self._next(stages[3], turn), count
+            count = self._multiply(stages[3], share, count, lambda unit: self._rows(stages[3], unit))
+            return self._next(stages[3], turn), count, *x
 
-        turn, count = t.loop(0, m.n_layers, 1, [self.block, t.constant(0)], layer)
+        start = [word for pair in self._of_pairs(x) for word in pair]
+        turn, count, *last_x = t.loop(0, m.n_layers, 1, [self.block, t.constant(0), *start], layer)
         last = self.space + ((m.n_layers - 1) % 2 * COPIES * 8 * self.words.total) + self.copy
-        scales = self._scales(self.norm)
-        self._residual(last, self.words.down, DOWN_SPLIT, self.first_tag + (m.n_layers - 1))
-        self._normal(scales)
+        scales = self._of_pairs(self.norm)
+        tag = self.first_tag + (m.n_layers - 1)
+        self._normal(self._residual(last_x, last, self.words.down, DOWN_SPLIT, tag), scales)
         first, units = self._share(self.logits, turn)
 
         def part(i: Scalar, count: Scalar) -> Sequence[Scalar]:
             share = first + i, t.minimum(units - i, HEAD_UNITS)
-            return (self._multiply(self.logits, share, count, self._logits, 16),)
+            return (self._multiply(self.logits, share, count, self._logits),)
 
         t.loop(0, units, HEAD_UNITS, [count], part)
 
@@ -346,77 +353,55 @@ class _Kernel:
             address = self.here + (place * 8).wide()
             t.store_global(address, value, self.tag, offset=copy * 8 * self.words.total, how=".relaxed.gpu")
 
-    def _residual(self, space: Scalar, start: int, parts: int, tag: Scalar) -> None:
-        """Add what the last stage made, in `parts` that are to be summed, to x; each thread its own pairs."""
+    def _pairs(self) -> list[Scalar]:
+        """The pairs of x that this thread sees to; the last one again in place of those that do not exist."""
         pairs = self.model.d_model // 2
-        indices = [self.thread + first for first in range(0, pairs, self.threads)]
-        addresses = [
-            space + (t.minimum(index, pairs - 1) * 16).wide() + 8 * (start + part * self.model.d_model)
-            for index in indices
-            for part in range(parts)
-        ]
-        values = self._poll(addresses, tag)
-        for i, index in enumerate(indices):
-            with t.when(index < pairs):
-                place = self.base + self.x + index * 8
-                first, second = (v.float() for v in t.load_shared(place, 2))
-                for part in range(parts):
-                    at = 2 * (i * parts + part)
-                    first, second = first + values[at].float(), second + values[at + 1].float()
-                t.store_shared(place, first, second)
+        return [t.minimum(self.thread + first, pairs - 1) for first in range(0, pairs, self.threads)]
 
-    def _scales(self, scale: Scalar) -> list[list[Scalar]]:
-        """A norm's scales for the thread's pairs of x; they are asked for before x is there."""
-        pairs = self.model.d_model // 2
-        near = [t.minimum(self.thread + first, pairs - 1) for first in range(0, pairs, self.threads)]
-        return [[v.float() for v in t.load_global(scale + (index * 8).wide(), 2)] for index in near]
+    def _of_pairs(self, address: Scalar) -> list[list[Scalar]]:
+        """The thread's pairs of a vector float32 [D]."""
+        return [[v.float() for v in t.load_global(address + (pair * 8).wide(), 2)] for pair in self._pairs()]
 
-    def _normal(self, scales: Sequence[Sequence[Scalar]]) -> None:
+    def _residual(self, x: Sequence[Scalar], space: Scalar, start: int, parts: int, tag: Scalar) -> tuple[Scalar, ...]:
+        """x, the thread's pairs, with what the last stage made added, in `parts` that are to be summed."""
+        pairs = self._pairs()
+        starts = [8 * (start + part * self.model.d_model) for part in range(parts)]
+        found = self._poll([space + (pair * 16).wide() + at for pair in pairs for at in starts], tag)
+        size = 2 * parts
+        added = [[word.float() for word in found[size * i : size * (i + 1)]] for i in range(len(pairs))]
+        return tuple(x[2 * i + half] + _total(added[i][half::2]) for i in range(len(pairs)) for half in range(2))
+
+    def _normal(self, x: Sequence[Scalar], scales: Sequence[Sequence[Scalar]]) -> None:
         """x times the norm's scale as activations, and the sums of squares; the root is applied to the result."""
-        pairs, squares = self.model.d_model // 2, t.constant(0.0, t.f32())
-        for i, g in enumerate(scales):
-            index = self.thread + i * self.threads
-            valid, near = index < pairs, t.minimum(index, pairs - 1)
-            x = [v.float() for v in t.load_shared(self.base + self.x + near * 8, 2)]
-            x = [t.select(valid, v, 0.0) for v in x]
-            squares = t.fma(x[0], x[0], t.fma(x[1], x[1], squares))
-            word = t.pack_halves(*(a * b * (1 / SCALE) for a, b in zip(x, g, strict=True)))
-            self._activate(index, valid, [word], 16)
+        squares = t.constant(0.0, t.f32())
+        for i, scale in enumerate(scales):
+            index, pair = self.thread + i * self.threads, x[2 * i : 2 * i + 2]
+            word = t.pack_halves(*(a * b * (1 / SCALE) for a, b in zip(pair, scale, strict=True)))
+            valid = index < self.model.d_model // 2
+            self._activate(index, valid, [word])
+            squares = squares + t.select(valid, t.fma(pair[0], pair[0], pair[1] * pair[1]), 0.0)
         for distance in (16, 8, 4, 2, 1):
             squares = squares + t.shuffle_xor(squares, distance)
         with t.when(self.lane.equals(0)):
             t.store_shared(self.base + self.squares + self.warp * 4, squares)
 
-    def _activate(self, index: Scalar, valid: Scalar, words: Sequence[Scalar], lanes: int) -> None:
-        """Store item `index`'s words of activations, and the correction of each block of 32, which `lanes` share."""
-        halves = [h for word in words for h in t.unpack_halves(word)]
-        total = functools.reduce(lambda a, b: a + b, halves)
-        distance = lanes // 2
-        while distance:
-            total = total + t.shuffle_xor(total, distance)
-            distance //= 2
-        with t.when(valid):
-            t.store_shared(self.base + self.activations + index * (4 * len(words)), *words)
-            with t.when((index % lanes).equals(0)):
-                t.store_shared(self.base + self.corrections + index // lanes * 4, total * -1152.0)
-
     def _multiply(
         self, stage: Stage, share: tuple[Scalar, Scalar], count: Scalar,
-        begin: Callable[[Scalar], Callable[[Scalar], None]], items: int,
+        begin: Callable[[Scalar], Callable[[Scalar, Scalar], None]],
     ) -> Scalar:  # fmt: skip
-        """Multiply the block's units with the activations; `items` threads see to each unit's results.
+        """Multiply the block's units with the activations; 16 threads see to each unit's results, one a row.
 
         `count` counts the ring's slots; gives the count after this stage. `begin(unit)` runs before the product, where
-        it may ask for what is needed later, in all threads; the function that it gives runs after it, with the place of
-        the unit's first partial sums, moved on by the thread's equal share of 16 rows (of 8, where it takes those 8
-        below too).
+        it may ask for what is needed later, in all threads; the function that it gives runs after it in whole warps,
+        with the place of the row's first partial sum, and whether the row is one of the block's.
         """
         first, units = share
         total = units * stage.groups
         t.synchronize(1, self.threads)
         with t.when(units.differs(0)):
             team, member = self.warp >> 3, self.warp & 7
-            finish = begin(first + t.minimum(self.thread // items, units - 1))
+            unit = t.minimum(self.thread // GROUP_ROWS, units - 1)
+            finish = begin(first + unit)
 
             def slot(i: Scalar) -> Sequence[Scalar]:
                 number = count + i
@@ -435,40 +420,43 @@ class _Kernel:
 
             t.loop(team, (total + (SLOT_GROUPS - 1)) >> 3, self.config.teams, [], slot)
             t.synchronize(1, self.threads)
-            with t.when(self.thread < units * items):
-                unit, item = self.thread // items, self.thread % items
-                step = 4 if items == GROUP_ROWS else 32 // items
-                finish(self.base + self.partial + unit * (64 * stage.groups) + item * step)
+            rows = units * GROUP_ROWS
+            with t.when(self.thread < ((rows + 31) & ~31)):
+                place = self.base + self.partial + unit * (64 * stage.groups) + (self.thread & 15) * 4
+                finish(place, self.thread < rows)
         return count + ((total + (SLOT_GROUPS - 1)) >> 3)
 
     def _dot(self, place: Scalar, part: Scalar, index: Scalar) -> None:
         """A warp's group: 16 rows' partial sums over inputs 128 part…, to partial sum `index`."""
-        member = self.warp & 7
+        member, blocks = self.warp & 7, range(GROUP_INPUTS // 32)
         weights = self.base + self.ring + place * SLOT_BYTES + member * GROUP_BYTES
         mine = weights + self.lane * 16
         x = self.base + self.activations + part * (2 * GROUP_INPUTS) + (self.lane & 3) * 16
-        corrections = [
-            v.float() for v in t.load_shared(self.base + self.corrections + part * (GROUP_INPUTS // 32 * 4), 4)
-        ]
+        # All four blocks at once: each by itself would wait for memory and for the tensor core's latency in turn.
+        w = [t.load_shared(mine, 4, offset=512 * block) for block in blocks]
+        b = [t.load_shared(x, 4, offset=64 * block) for block in blocks]
         scales = t.load_shared(weights + (self.lane >> 2) * 16, 4, offset=GROUP_ROWS * GROUP_INPUTS)
+        # Two bytes below 0x64 each: pairs of float16 that are 1152 too large.
+        a = [
+            [t.subtract_halves(t.permute_bytes(q, 0x64646464, selector), 0x64806480)
+             for q in words for selector in (0x4140, 0x4342)]
+            for words in w
+        ]  # fmt: skip
+        zeros = [t.constant(0.0, t.f32())] * 4
+        c = [t.mma([a[i][0], a[i][4], a[i][1], a[i][5]], b[i][:2], zeros, "f16") for i in blocks]
+        c = [t.mma([a[i][2], a[i][6], a[i][3], a[i][7]], b[i][2:], c[i], "f16") for i in blocks]
         upper = lower = t.constant(0.0, t.f32())
-        for block in range(GROUP_INPUTS // 32):
-            w = t.load_shared(mine, 4, offset=512 * block)
-            b = t.load_shared(x, 4, offset=64 * block)
-            # Two bytes below 0x64 each: pairs of float16.
-            a = [t.permute_bytes(q, 0x64646464, selector) for q in w for selector in (0x4140, 0x4342)]
-            c = t.mma([a[0], a[4], a[1], a[5]], b[:2], [corrections[block]] * 4, "f16")
-            c = t.mma([a[2], a[6], a[3], a[7]], b[2:], c, "f16")
+        for block in blocks:
             scale = t.unpack_halves(scales[block])
-            upper, lower = t.fma(c[0], scale[0], upper), t.fma(c[2], scale[1], lower)
+            upper, lower = t.fma(c[block][0], scale[0], upper), t.fma(c[block][2], scale[1], lower)
         with t.when((self.lane & 3).equals(0)):
             target = self.base + self.partial + index * 64 + self.lane
             t.store_shared(target, upper)
             t.store_shared(target, lower, offset=32)
 
-    def _sum(self, place: Scalar, groups: int, offset: int = 0) -> Scalar:
+    def _sum(self, place: Scalar, groups: int) -> Scalar:
         """The sum of a row's partial sums."""
-        return _total([t.load_shared(place, 1, offset=64 * i + offset)[0].float() for i in range(groups)]) * SCALE
+        return _total([t.load_shared(place, 1, offset=64 * i)[0].float() for i in range(groups)]) * SCALE
 
     def _root(self) -> Scalar:
         """1 / sqrt(mean(x^2) + eps)."""
@@ -479,59 +467,61 @@ class _Kernel:
 
     # What becomes of the results.
 
-    def _qkv(self, unit: Scalar, bias: Scalar) -> Callable[[Scalar], None]:
+    def _qkv(self, unit: Scalar, bias: Scalar) -> Callable[[Scalar, Scalar], None]:
         """Bias, rotation, the cache."""
         m, groups = self.model, self.stages[0].groups
-        tiles, row = m.head_dim // GROUP_ROWS, self.thread % 8
+        tiles, row = m.head_dim // GROUP_ROWS, self.thread & 15
         head, tile = unit // tiles, unit % tiles
         rotated = head < m.n_heads + m.n_kv_heads
         # Rows 8 apart in a tile are half a head apart where they are rotated.
-        within = t.select(rotated, tile * 8, tile * 16) + row
-        start = head * m.head_dim + within
-        distances = t.constant(0), t.select(rotated, t.constant(m.head_dim // 2), 8)
-        biases = [t.load_global(bias + ((start + d) * 4).wide())[0].float() for d in distances]
+        pair = tile * 8 + (row & 7)
+        within = t.select(rotated, pair + (row >> 3) * (m.head_dim // 2), tile * GROUP_ROWS + row)
+        at = head * m.head_dim + within
+        (own_bias,) = t.load_global(bias + (at * 4).wide())
+        cos, sin = (t.load_shared(self.base + self.angles + pair * 4, offset=o)[0].float() for o in (0, 2 * m.head_dim))
+        sin = t.select(row < 8, sin * -1.0, sin)
 
-        def finish(place: Scalar) -> None:
-            pair = (tile * 8 + row) * 4 + self.base + self.angles
-            cos = t.load_shared(pair)[0].float()
-            sin = t.load_shared(pair, offset=2 * m.head_dim)[0].float()
-            root = self._root()
-            a = t.fma(self._sum(place, groups), root, biases[0])
-            b = t.fma(self._sum(place, groups, 32), root, biases[1])
-            turned = a * cos - b * sin, b * cos + a * sin
-            rounded = [t.round_bf16(t.select(rotated, new, old)) for new, old in zip(turned, (a, b), strict=True)]
-            for value, distance in zip(rounded, distances, strict=True):
-                self._send(start + distance + self.words.qkv, value, 1)
-            with t.when(head >= m.n_heads), t.when(self.position < self.length):
-                is_key = head < m.n_heads + m.n_kv_heads
-                cache = t.select(is_key, self.keys, self.values)
-                kv_head = head - t.select(is_key, t.constant(m.n_heads), m.n_heads + m.n_kv_heads)
-                slot = (kv_head * self.length + self.position).wide() * (2 * m.head_dim)
-                for value, distance in zip(rounded, distances, strict=True):
-                    t.store_global_half(cache + slot + ((within + distance) * 2).wide(), value >> 16)
+        def finish(place: Scalar, valid: Scalar) -> None:
+            value = t.fma(self._sum(place, groups), self._root(), own_bias.float())
+            turned = t.fma(t.shuffle_xor(value, 8), sin, value * cos)
+            rounded = t.round_bf16(t.select(rotated, turned, value))
+            with t.when(valid):
+                self._send(at + self.words.qkv, rounded, 1)
+                with t.when(head >= m.n_heads), t.when(self.position < self.length):
+                    is_key = head < m.n_heads + m.n_kv_heads
+                    cache = t.select(is_key, self.keys, self.values)
+                    kv_head = head - t.select(is_key, t.constant(m.n_heads), m.n_heads + m.n_kv_heads)
+                    slot = (kv_head * self.length + self.position) * m.head_dim + within
+                    t.store_global_half(cache + slot.wide() * 2, rounded >> 16)
 
         return finish
 
-    def _rows(self, stage: Stage, unit: Scalar) -> Callable[[Scalar], None]:
+    def _rows(self, stage: Stage, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
         """Hand rows on as they are."""
-        row = self.thread % GROUP_ROWS
+        row = self.thread & 15
         if stage == self.stages[3]:
             part, tile = unit % DOWN_SPLIT, unit // DOWN_SPLIT
             at = part * self.model.d_model + tile * GROUP_ROWS + row + self.words.down
         else:
             at = unit * GROUP_ROWS + row + self.words.out
-        return lambda place: self._send(at, self._sum(place, stage.groups), COPIES)
 
-    def _swiglu(self, unit: Scalar) -> Callable[[Scalar], None]:
-        """silu(gate) * up of two features, which make a word."""
+        def finish(place: Scalar, valid: Scalar) -> None:
+            with t.when(valid):
+                self._send(at, self._sum(place, stage.groups), COPIES)
 
-        def finish(place: Scalar) -> None:
-            groups, root = self.stages[2].groups, self._root()
-            features = []
-            for row in (0, 4):
-                gate, up = self._sum(place, groups, row) * root, self._sum(place, groups, row + 32) * root
-                features.append(gate * up * t.reciprocal(t.exp2(gate * -_LOG2E) + 1.0) * (1 / SCALE))
-            self._send(unit * 4 + self.thread % 4 + self.words.hidden, t.pack_halves(*features), COPIES)
+        return finish
+
+    def _swiglu(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
+        """silu(gate) * up; the gate's rows are the upper eight, and two features make a word."""
+        row = self.thread & 15
+
+        def finish(place: Scalar, valid: Scalar) -> None:
+            value = self._sum(place, self.stages[2].groups) * self._root()
+            other = t.shuffle_xor(value, 8)
+            feature = value * other * t.reciprocal(t.exp2(value * -_LOG2E) + 1.0) * (1 / SCALE)
+            word = t.pack_halves(feature, t.shuffle_xor(feature, 1))
+            with t.when(valid), t.when((row & 9).equals(0)):
+                self._send(unit * 4 + (row >> 1) + self.words.hidden, word, COPIES)
 
         return finish
 
@@ -547,14 +537,24 @@ class _Kernel:
             indices = [self.thread + first for first in range(0, pairs, self.threads)]
             values = self._poll([base + (t.minimum(index, pairs - 1) * 16).wide() for index in indices], self.tag)
             for j, index in enumerate(indices):
-                self._activate(i * pairs + index, index < pairs, values[2 * j : 2 * j + 2], 8)
+                self._activate(i * pairs + index, index < pairs, values[2 * j : 2 * j + 2])
             return ()
 
         t.loop(begin, t.select(alone, begin + 1, DOWN_SPLIT), 1, [], part)
 
-    def _logits(self, unit: Scalar) -> Callable[[Scalar], None]:
-        at = self.result + (unit * 64 + self.thread % GROUP_ROWS * 4).wide()
-        return lambda place: t.store_global(at, self._sum(place, self.logits.groups) * self._root())
+    def _activate(self, index: Scalar, valid: Scalar, words: Sequence[Scalar]) -> None:
+        """Store item `index`'s words of activations."""
+        with t.when(valid):
+            t.store_shared(self.base + self.activations + index * (4 * len(words)), *words)
+
+    def _logits(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
+        at = self.result + (unit * 64 + (self.thread & 15) * 4).wide()
+
+        def finish(place: Scalar, valid: Scalar) -> None:
+            with t.when(valid):
+                t.store_global(at, self._sum(place, self.logits.groups) * self._root())
+
+        return finish
 
     # Attention.
 
@@ -755,8 +755,8 @@ class _Kernel:
             for chunk, share in enumerate(shares):
                 halves = [h for word in data[2 * chunk : 2 * chunk + 2] for h in t.unpack_halves(word)]
                 sums = [t.fma(share, h, s) for h, s in zip(halves, sums, strict=True)]
-            sums = [t.select(valid, s * norm, 0.0) for s in sums]
-            self._activate(index, valid, [t.pack_halves(*sums[:2]), t.pack_halves(*sums[2:])], 8)
+            sums = [s * norm for s in sums]
+            self._activate(index, valid, [t.pack_halves(*sums[:2]), t.pack_halves(*sums[2:])])
 
 
 def decode_step(
@@ -774,7 +774,7 @@ def decode_step(
     Raises:
       NotImplementedError: for more than one row, a cache that is not bfloat16, or sizes that do not fit.
     """
-    config = choose("decode_step", f"{sizes.d_model}x{sizes.d_ff}", heuristic())
+    config = choose("decode_step", f"{sizes.d_model}x{sizes.d_ff}", heuristic(), search_space)
     _check(sizes, config.blocks)
     if x.shape[0] != 1:
         raise NotImplementedError(f"one row, not {x.shape[0]}")

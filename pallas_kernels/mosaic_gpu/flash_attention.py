@@ -102,7 +102,8 @@ def flash_attention(
     kv_heads, slots = keys.shape[1:3]
     if config is None:
         key = f"T={length} S={slots} N={heads} K={kv_heads} H={width} {jnp.dtype(stored).name}"
-        config = choose("flash_attention", key, heuristic(width, bool(scales)))
+        settings = width, bool(scales)
+        config = choose("flash_attention", key, heuristic(*settings), lambda: search_space(*settings))
 
     tile_rows = config.warpgroups * ROWS
     padded_length = pl.cdiv(length, tile_rows) * tile_rows

@@ -144,7 +144,7 @@ def flash_decode(
         one_row = key_positions.shape[0] == 1
         shape = _Shape(batch, length, heads, kv_heads, slots, width, int8, in_order, one_row, visibility)
         key = f"B={batch} T={length} S={slots} N={heads} K={kv_heads} H={width} {keys.dtype}"
-        chosen = config or choose("flash_decode", key, heuristic(shape))
+        chosen = config or choose("flash_decode", key, heuristic(shape), lambda: search_space(shape))
         (k, *key_scales), (v, *value_scales) = (x if isinstance(x, tuple) else (x,) for x in (k, v))
         operands = [q, k, v, positions, *([] if in_order else [key_positions]), *key_scales, *value_scales]
         out, sums, *_ = _launch(shape, chosen, operands)

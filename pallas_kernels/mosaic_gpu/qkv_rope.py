@@ -28,7 +28,7 @@ def qkv_rope(
     eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `pallas_kernels.qkv_rope`, for bfloat16 x, weights in int8 blocks, and heads rotated whole."""
-    if not are_few(x):
+    if not are_few(x, blocks(weight)[0]):
         qkv = large.matmul(rms_norm(x, norm, eps), *blocks(weight), bias)
         return split_heads(qkv, cos, sin, n_heads, n_kv_heads)
     rows, values, scales, cos, sin, config = _arguments(x, weight, cos, sin)
@@ -53,7 +53,7 @@ def qkv_rope_store(
     """As `pallas_kernels.qkv_rope_store`, for bfloat16 x, keys and values, weights in int8 blocks."""
     if keys.dtype != jnp.bfloat16 or values.dtype != jnp.bfloat16:
         raise NotImplementedError(f"a cache of {keys.dtype} and {values.dtype}, not bfloat16")
-    if not are_few(x):
+    if not are_few(x, blocks(weight)[0]):
         q, k, v = qkv_rope(x, norm, weight, bias, cos, sin, n_heads, keys.shape[1], eps)
         return q, *store(k, v, keys, values, slots)
     if keys.size >= 2**31:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,25 @@ import jax.numpy as jnp
 from pallas_kernels.mosaic_gpu import quant_matmul_large as large
 from pallas_kernels.mosaic_gpu import quant_matmul_skinny as skinny
 from pallas_kernels.quant_matmul import Weight, blocks
+from pallas_kernels.tuning import choose
 
 FEW = 8  # rows: half of a tensor core's operand in the one kernel, a quarter of the smallest tile in the other
 
 
-def are_few(x: jax.Array) -> bool:
-    """Whether x [..., in] has few enough rows for the kernels that read weights straight into registers."""
-    return math.prod(x.shape[:-1]) <= FEW
+@dataclass(frozen=True)
+class Kernel:
+    """Which kernel multiplies: the one for few rows, which reads weights straight into registers, or the other."""
+
+    few: bool
+
+
+def are_few(x: jax.Array, values: jax.Array) -> bool:
+    """Whether the rows of x [..., in] are few enough for the kernels that read weights [out, in] into registers."""
+    rows, (out, width) = math.prod(x.shape[:-1]), values.shape
+    if not FEW < rows <= skinny.MAX_ROWS:
+        return rows <= FEW
+    few = -(-rows // 8) * 8
+    return choose("few_rows", f"M={few} out={out} in={width}", Kernel(False), lambda: (Kernel(True), Kernel(False))).few
 
 
 def quant_matmul(
@@ -24,7 +37,7 @@ def quant_matmul(
 ) -> jax.Array:
     """As `pallas_kernels.quant_matmul`, for bfloat16 x and weights in int8 blocks."""
     values, scales = blocks(weight)
-    if not are_few(x):
+    if not are_few(x, values):
         return large.matmul(x, values, scales, bias, residual, out_dtype)
     rows = x.reshape(-1, x.shape[-1])
     config = skinny.choose_config("quant_matmul", rows, values, joined=1)

@@ -515,7 +515,7 @@ def _prepare(
     if config is None:
         settings = m, out, width, dtype.itemsize, swiglu, residual is not None
         op = "gate_up_large" if swiglu else "quant_matmul_large"
-        config = choose(op, f"M={m} out={out} in={width}", heuristic(*settings))
+        config = choose(op, f"M={m} out={out} in={width}", heuristic(*settings), lambda: search_space(*settings))
     flat = x.reshape(m, width)
     added = None if residual is None else residual.reshape(m, out)
     padding = -m % 8

@@ -102,7 +102,8 @@ def choose_config(op: str, rows: jax.Array, values: jax.Array, joined: int) -> C
     """The tuned or else the heuristic's configuration for rows [M, in] and weights [out, in]."""
     out, width = values.shape
     few = -(-rows.shape[0] // 8) * 8
-    return choose(op, f"M={few} out={out} in={width}", heuristic(few, out, width, joined))
+    space = functools.partial(search_space, out, width, joined)
+    return choose(op, f"M={few} out={out} in={width}", heuristic(few, out, width, joined), space)
 
 
 def matmul(

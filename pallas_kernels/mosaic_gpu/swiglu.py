@@ -9,19 +9,18 @@ import jax
 
 from pallas_kernels.mosaic_gpu import quant_matmul_large as large
 from pallas_kernels.mosaic_gpu import quant_matmul_skinny as skinny
-from pallas_kernels.mosaic_gpu.quant_matmul import are_few
+from pallas_kernels.mosaic_gpu.quant_matmul import are_few, quant_matmul
 from pallas_kernels.quant_matmul import Weight, blocks
 from pallas_kernels.rms_norm import rms_norm
 
 
 def swiglu(x: jax.Array, norm: jax.Array, gate_up: Weight, down: Weight, eps: float) -> jax.Array:
     """As `pallas_kernels.swiglu`, for bfloat16 x and weights in int8 blocks."""
-    (gate_values, gate_scales), (down_values, down_scales) = blocks(gate_up), blocks(down)
-    if not are_few(x):
+    gate_values, gate_scales = blocks(gate_up)
+    if are_few(x, gate_values):
+        rows = x.reshape(-1, x.shape[-1])
+        config = skinny.choose_config("gate_up", rows, gate_values, joined=2)
+        active = skinny.gate_up(rows, norm, gate_values, gate_scales, eps, config).reshape(*x.shape[:-1], -1)
+    else:
         active = large.gate_up(rms_norm(x, norm, eps), gate_values, gate_scales)
-        return large.matmul(active, down_values, down_scales, residual=x)
-    rows = x.reshape(-1, x.shape[-1])
-    config = skinny.choose_config("gate_up", rows, gate_values, joined=2)
-    active = skinny.gate_up(rows, norm, gate_values, gate_scales, eps, config)
-    config = skinny.choose_config("quant_matmul", active, down_values, joined=1)
-    return skinny.matmul(active, down_values, down_scales, None, rows, x.dtype, config).reshape(x.shape)
+    return quant_matmul(active, down, None, x, None)

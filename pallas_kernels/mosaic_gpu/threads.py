@@ -194,6 +194,11 @@ def thread_index() -> Scalar:
     return Scalar(arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x)))
 
 
+def kept(x: Scalar) -> Scalar:
+    """x in a register: the compiler would rather compute it again wherever it is used."""
+    return ptx("shfl.sync.bfly.b32 $0, $1, 0, 31, -1;", x, results=[i32()], convergent=True)[0]
+
+
 def block_index() -> Scalar:
     return Scalar(arith.index_cast(i32(), gpu.block_id(gpu.Dimension.x)))
 
@@ -257,6 +262,11 @@ def synchronize_warp() -> None:
     ptx("bar.warp.sync -1;", convergent=True)
 
 
+def set_registers(direction: str, number: int) -> None:
+    """Give registers back ("dec") or take them ("inc"); all of a warpgroup together."""
+    ptx(f"setmaxnreg.{direction}.sync.aligned.u32 {number};", convergent=True)
+
+
 def init_barrier(address: Scalar, arrivals: int) -> None:
     ptx(f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", address)
 
@@ -301,6 +311,11 @@ def permute_bytes(a: Scalar, b: Scalar | int, selector: int) -> Scalar:
 def pack_halves(low: Scalar, high: Scalar) -> Scalar:
     """Two float32s as float16s in one word, the first in the low half."""
     return ptx("cvt.rn.f16x2.f32 $0, $2, $1;", low, high, results=[i32()])[0]
+
+
+def subtract_halves(a: Scalar, b: int) -> Scalar:
+    """Two float16s less those of a word."""
+    return ptx("sub.rn.f16x2 $0, $1, $2;", a, a.like(b), results=[i32()])[0]
 
 
 def unpack_halves(word: Scalar) -> list[Scalar]:
