@@ -102,15 +102,15 @@ class HandoverWords(NamedTuple):
 
     qkv: int
     attention: int  # [CHUNKS, N, H / 2 + 2]: outputs in pairs, the logarithm of their weight, and nothing
-    out: int
+    out: int  # in pairs
     hidden: int  # in pairs
-    down: int  # two parts, to be summed
+    down: int  # two parts, to be summed, in pairs
     total: int
 
     @classmethod
     def of(cls, sizes: DecoderSizes) -> HandoverWords:
         attention = CHUNKS * sizes.n_heads * (sizes.head_dim // 2 + 2)
-        counts = sizes.qkv_rows, attention, sizes.d_model, sizes.d_ff // 2, DOWN_SPLIT * sizes.d_model
+        counts = sizes.qkv_rows, attention, sizes.d_model // 2, sizes.d_ff // 2, DOWN_SPLIT * sizes.d_model // 2
         return cls(*(sum(counts[:i]) for i in range(len(counts) + 1)))
 
 
@@ -167,11 +167,11 @@ def pack(
 def pack_matrix(values: jax.Array, scales: jax.Array, rows: np.ndarray) -> jax.Array:
     """A matrix as groups, int8 [out / 16 * in / 128, GROUP_BYTES], all groups of 16 rows one after the other.
 
-    A group is, for each block of 32 inputs, 16 bytes for each lane: 8 inputs of row lane / 4, and of the row 8 below
-    it, each weight plus 128; then the rows' scales, pairs 8 rows apart, of the four blocks.
+    A group is, for each block of 32 inputs, 16 bytes for each lane: of its 8 inputs the first four of row lane / 4 and
+    of the row 8 below it, then the others of both; and after these the rows' scales, pairs 8 rows apart, of the blocks.
     """
     tiles, groups = len(rows) // GROUP_ROWS, values.shape[1] // GROUP_INPUTS
-    v = (values[rows].reshape(tiles, 2, 8, groups, 4, 4, 8) ^ np.int8(-128)).transpose(0, 3, 4, 2, 5, 1, 6)
+    v = values[rows].reshape(tiles, 2, 8, groups, 4, 4, 2, 4).transpose(0, 3, 4, 2, 5, 6, 1, 7)
     s = scales[rows].reshape(tiles, 2, 8, groups, 4).transpose(0, 3, 2, 4, 1)
     s = lax.bitcast_convert_type(s, jnp.int8).reshape(tiles * groups, -1)
     return jnp.concatenate([v.reshape(tiles * groups, -1), s], axis=1)
@@ -182,7 +182,7 @@ def unpack_matrix(packed: jax.Array, rows: np.ndarray) -> tuple[jax.Array, jax.A
     tiles = len(rows) // GROUP_ROWS
     groups = packed.shape[0] // tiles
     split, back = GROUP_ROWS * GROUP_INPUTS, np.argsort(rows)
-    v = (packed[:, :split].reshape(tiles, groups, 4, 8, 4, 2, 8) ^ np.int8(-128)).transpose(0, 5, 3, 1, 2, 4, 6)
+    v = packed[:, :split].reshape(tiles, groups, 4, 8, 4, 2, 2, 4).transpose(0, 6, 3, 1, 2, 4, 5, 7)
     s = lax.bitcast_convert_type(packed[:, split:].reshape(tiles, groups, 8, 4, 2, 2), jnp.float16)
     s = s.transpose(0, 4, 2, 1, 3)
     return v.reshape(len(rows), -1)[back], s.reshape(len(rows), -1)[back]

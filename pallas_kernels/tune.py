@@ -234,8 +234,10 @@ def _profiled(inputs: tuple[Any, ...], programs: dict[int, Any]) -> dict[int, fl
     """Median seconds of device time of a run of each program."""
     other = jnp.zeros(_FLUSH // 4)
     flush = jax.jit(lambda x: x.sum()).lower(other).compile()
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = options.host_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
+        with jax.profiler.trace(folder, profiler_options=options):
             for program in programs.values():
                 for _ in range(_RUNS):
                     flush(other)
@@ -243,8 +245,9 @@ def _profiled(inputs: tuple[Any, ...], programs: dict[int, Any]) -> dict[int, fl
         (file,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(file))
         spans: dict[int, list[tuple[float, float]]] = {number: [] for number in programs}
-        for plane in data.planes:
-            for event in (e for line in plane.lines for e in line.events if plane.name.startswith("/device:")):
+        devices = [plane for plane in data.planes if plane.name.startswith("/device:")]
+        for line in (line for plane in devices for line in plane.lines):
+            for event in line.events:
                 module = str(dict(event.stats).get("hlo_module", ""))
                 if module.startswith("jit_candidate_"):
                     spans[int(module.removeprefix("jit_candidate_"))].append((event.start_ns, event.duration_ns))

@@ -268,6 +268,22 @@ class _Machine:
         c = c.transpose(2, 0, 3, 4, 1).reshape(-1, 16, 8) + a @ b
         return list(c.reshape(-1, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, self.lanes))
 
+    def multiply_int8(self, match: re.Match, operands: list[Any], mask: np.ndarray) -> list[Any]:
+        """mma.m16n8k32: https://docs.nvidia.com/cuda/parallel-thread-execution/#warp-level-matrix-fragment-mma-16832"""
+        assert np.all(mask.reshape(-1, 32) == mask.reshape(-1, 32)[:, :1]), "a warp is divided at an mma"
+        words = np.stack([np.ascontiguousarray(x).view(np.uint32) for x in operands[:6]]).reshape(6, -1, 8, 4, 1)
+        bytes_ = words.view(np.int8).astype(np.int32)  # [6, warps, quad, member, 4]
+        a = bytes_[:4].reshape(2, 2, -1, 8, 4, 4)  # [half of k, half of rows, warps, row, k / 4, k]
+        a = a.transpose(2, 1, 3, 0, 4, 5).reshape(-1, 16, 32)
+        b = bytes_[4:].transpose(1, 0, 3, 4, 2).reshape(-1, 32, 8)  # [warps, half, k / 4, k, column]
+        c = np.stack([_signed(x) for x in operands[6:]]).reshape(2, 2, -1, 8, 4)
+        c = c.transpose(2, 0, 3, 4, 1).reshape(-1, 16, 8) + a @ b
+        return list(c.reshape(-1, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, self.lanes).view(np.uint32))
+
+    def maximum(self, match: re.Match, operands: list[Any], mask: np.ndarray) -> list[Any]:
+        assert np.all(mask.reshape(-1, 32) == mask.reshape(-1, 32)[:, :1]), "a warp is divided at a reduction"
+        return [np.repeat(operands[0].reshape(-1, 32).max(axis=1), 32)]
+
     def exchange(self, match: re.Match, operands: list[Any], mask: np.ndarray) -> list[Any]:
         lane = np.arange(self.lanes)
         partner = lane ^ int(match["distance"]) if match["distance"] else lane // 32 * 32 + operands[1].astype(np.int64)
@@ -304,11 +320,6 @@ def _int8_to_bfloat16(word: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(low - sign).view(np.uint32)[:, 0]
 
 
-def _subtract_halves(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    halves = [np.ascontiguousarray(x)[:, None].view(np.float16) for x in (a, b)]
-    return np.ascontiguousarray(halves[0] - halves[1]).view(np.uint32)[:, 0]
-
-
 def _pure(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda machine, match, operands, mask: [function(*operands)]
 
@@ -325,6 +336,7 @@ _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "arith.remui": np.remainder, "arith.andi": np.bitwise_and, "arith.ori": np.bitwise_or,
     "arith.xori": np.bitwise_xor, "arith.shli": np.left_shift, "arith.shrui": np.right_shift, "arith.addf": np.add,
     "arith.subf": np.subtract, "arith.mulf": np.multiply, "arith.divf": np.divide, "arith.minui": np.minimum,
+    "arith.maxui": np.maximum,
     "arith.maxnumf": np.fmax, "arith.select": np.where,
     "arith.minsi": lambda a, b: np.minimum(_signed(a), _signed(b)).view(np.uint32),
     "arith.maxsi": lambda a, b: np.maximum(_signed(a), _signed(b)).view(np.uint32),
@@ -345,7 +357,8 @@ _PTX: list[tuple[str, Callable[..., Any]]] = [
     (r"sub\.rn\.bf16x2 \$0, low, sign", _pure(_int8_to_bfloat16)),
     (r"cvt\.f32\.f16 \$0, a; cvt\.f32\.f16 \$1, b", lambda machine, match, operands, mask: _unpack(*operands)),
     (r"^cvt\.rn\.bf16x2\.f32 \$0, \$1, 0f00000000;$", _pure(lambda high: _pack(high * 0, high, ml_dtypes.bfloat16))),
-    (r"^sub\.rn\.f16x2", _pure(_subtract_halves)),
+    (r"^mma\.sync\.aligned\.m16n8k32\.row\.col\.s32\.s8\.s8\.s32", _Machine.multiply_int8),
+    (r"^redux\.sync\.max\.u32", _Machine.maximum),
     (r"^cvt\.rn\.f16x2\.f32 \$0, \$2, \$1;$", _pure(lambda low, high: _pack(low, high, np.float16))),
     (r"^ld\.shared\.v2\.b64", _Machine.load_addresses),
     (r"^st\.shared\.b64", _Machine.store_address),

@@ -146,12 +146,13 @@ def test_a_warp_finds_its_operands_in_a_group():
         for lane in range(32):
             row, quad = divmod(lane, 4)
             start = 512 * block + 16 * lane
-            weights = group[start : start + 16].view(np.uint8).astype(np.float64) - 128
+            weights = group[start : start + 16].astype(np.float64)
             place = GROUP_ROWS * GROUP_INPUTS + 16 * row + 4 * block
             scales = group[place : place + 4].view(np.float16).astype(np.float64)
             inputs = x[32 * block + 8 * quad :][:8]
-            result[row] += scales[0] * (weights[:8] @ inputs)
-            result[row + 8] += scales[1] * (weights[8:] @ inputs)
+            upper, lower = weights.reshape(2, 2, 4).swapaxes(0, 1).reshape(2, 8)
+            result[row] += scales[0] * (upper @ inputs)
+            result[row + 8] += scales[1] * (lower @ inputs)
     np.testing.assert_allclose(result, exact(matrix) @ x, rtol=1e-12, atol=1e-12)
 
 

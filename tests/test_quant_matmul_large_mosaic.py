@@ -88,7 +88,7 @@ def test_heuristic_of_swiglu_is_in_the_search_space(m, out, width):
 
 
 def test_it_refuses_what_it_cannot_do():
-    x, values, scales, _, residual = arguments(8, 64, 64)
+    x, values, scales, _, residual = arguments(8, 128, 64)
     for changed in (
         dict(x=x.astype(jnp.float32)),
         dict(values=values.astype(jnp.int16)),
@@ -97,12 +97,13 @@ def test_it_refuses_what_it_cannot_do():
         dict(residual=residual, out_dtype=jnp.float32),
         dict(x=x[:, :32], values=values[:, :32], scales=scales[:, :1]),
         dict(values=values[:32], scales=scales[:32]),
+        dict(values=values[:64], scales=scales[:64]),
         dict(x=x[:0]),
     ):
         with pytest.raises(NotImplementedError):
             kernel.matmul(**(dict(x=x, values=values, scales=scales) | changed))
     with pytest.raises(NotImplementedError):
-        kernel.gate_up(x, values, scales)  # 32 rows of each
+        kernel.gate_up(x, values[:64], scales[:64])  # 32 rows of each
     with pytest.raises(ValueError, match="even"):
         kernel.gate_up(x, *arguments(8, 128, 64)[1:3], config=kernel.Config(192, 4, chunk=32))
 
@@ -127,7 +128,7 @@ def test_it_lowers_for_a_gpu(m, form):
 
 @needs_hopper
 @pytest.mark.parametrize("m", [65, 128, 520, 1001])
-@pytest.mark.parametrize("out, width", [*QWEN, (3072, 3072), (576, 64), (64, 192), (192, 128), (320, 1088)])
+@pytest.mark.parametrize("out, width", [*QWEN, (3072, 3072), (576, 64), (128, 192), (192, 128), (320, 1088)])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_matmul(m, out, width, dtype):
     x, values, scales, bias, residual = arguments(m, out, width, dtype)

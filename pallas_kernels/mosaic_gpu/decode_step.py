@@ -12,10 +12,9 @@ is NCCL's protocol LL. Words of two layers alternate; each block takes part in g
 behind what others overwrite.
 
 Weights are packed (`pack`) in groups of 16 rows and 128 inputs, 2,176 bytes, in the order in which the lanes of a warp
-take them as the left operand of mma.m16n8k16. A byte u holds the weight plus 128; with the byte 0x64 above it, it is
-the float16 1152 + weight, and 1152 less is the weight, exactly. A block's scale multiplies the exact sum of 32 products
-in float32. Activations are float16 with 1/16 of their value: finer than bfloat16 from 3e-4 on, within 5e-7 below that,
-and good up to a million.
+take them as the left operand of mma.m16n8k32 for int8. Activations are 16-bit integers with one scale for 128 of them,
+finer than bfloat16 but for values a hundred times smaller than the greatest. Their high and low bytes are two columns
+of the right operand, so that the sums over a block of 32 are exact; its scale multiplies them in float32.
 """
 
 from __future__ import annotations
@@ -56,7 +55,10 @@ SLOT_BYTES = SLOT_GROUPS * GROUP_BYTES
 KEYS = 16  # that a warp attends to at a time
 PAUSE = 20  # nanoseconds between two looks at what is waited for
 HEAD_UNITS = 8  # of the head that are summed at a time
-SCALE = 16.0  # activations are stored as float16 of their value over this
+SCALE = 16.0  # results are handed on as float16 of their value over this, or as float32
+LEVELS = 32512  # of an activation, so that neither byte of its integer overflows
+MAGIC = 1.5 * 2.0**23  # a small integer added to this float32 is added to its bits
+MAGIC_BITS = 0x4B400000
 SHARED_BYTES = 227 * 1024 - 1024
 _MASKED = -1e30
 _LOG2E = math.log2(math.e)
@@ -72,7 +74,7 @@ class Config:
 
 def heuristic() -> Config:
     """One block for each SM."""
-    return Config(blocks=processors(), teams=2)
+    return Config(blocks=processors(), teams=1)
 
 
 def search_space() -> Iterable[Config]:
@@ -152,6 +154,7 @@ class _Kernel:
         self.maxima = take(4 * self.warps * 8)
         self.sums = take(4 * self.warps * 8)
         self.activations = take(2 * width)
+        self.levels = take(4 * width // GROUP_INPUTS)
         self.squares = take(4 * self.warps)
         self.queries = take(2 * 8 * m.head_dim)
         self.new_key = take(2 * m.head_dim)
@@ -272,7 +275,7 @@ class _Kernel:
             pointers = self.base + self.pointers + index * 16
             self.keys, self.values = t.ptx("ld.shared.v2.b64 {$0, $1}, [$2];", pointers, results=[t.i64()] * 2)
 
-            scales = self._of_pairs(vectors)
+            scales = self._of_items(vectors)
 
             def add(_: Scalar, *x: Scalar) -> Sequence[Scalar]:
                 return self._residual(x, before, self.words.down, DOWN_SPLIT, self.tag - 1)
@@ -291,7 +294,7 @@ class _Kernel:
             count = self._multiply(stages[1], share, count, lambda unit: self._rows(stages[1], unit))
             turn = self._next(stages[1], turn)
 
-            scales = self._of_pairs(vectors + 4 * m.d_model)
+            scales = self._of_items(vectors + 4 * m.d_model)
             x = self._residual(x, mine, self.words.out, 1, self.tag)
             self._normal(x, scales)
             share = self._share(stages[2], turn)
@@ -304,10 +307,10 @@ class _Kernel:
             count = self._multiply(stages[3], share, count, lambda unit: self._rows(stages[3], unit))
             return self._next(stages[3], turn), count, *x
 
-        start = [word for pair in self._of_pairs(x) for word in pair]
+        start = [value for item in self._of_items(x) for value in item]
         turn, count, *last_x = t.loop(0, m.n_layers, 1, [self.block, t.constant(0), *start], layer)
         last = self.space + ((m.n_layers - 1) % 2 * COPIES * 8 * self.words.total) + self.copy
-        scales = self._of_pairs(self.norm)
+        scales = self._of_items(self.norm)
         tag = self.first_tag + (m.n_layers - 1)
         self._normal(self._residual(last_x, last, self.words.down, DOWN_SPLIT, tag), scales)
         first, units = self._share(self.logits, turn)
@@ -353,37 +356,56 @@ class _Kernel:
             address = self.here + (place * 8).wide()
             t.store_global(address, value, self.tag, offset=copy * 8 * self.words.total, how=".relaxed.gpu")
 
-    def _pairs(self) -> list[Scalar]:
-        """The pairs of x that this thread sees to; the last one again in place of those that do not exist."""
-        pairs = self.model.d_model // 2
-        return [t.minimum(self.thread + first, pairs - 1) for first in range(0, pairs, self.threads)]
+    def _items(self) -> list[Scalar]:
+        """The fours of x that this thread sees to; the last one again in place of those that do not exist."""
+        count = self.model.d_model // 4
+        return [t.minimum(self.thread + first, count - 1) for first in range(0, count, self.threads)]
 
-    def _of_pairs(self, address: Scalar) -> list[list[Scalar]]:
-        """The thread's pairs of a vector float32 [D]."""
-        return [[v.float() for v in t.load_global(address + (pair * 8).wide(), 2)] for pair in self._pairs()]
+    def _of_items(self, address: Scalar) -> list[list[Scalar]]:
+        """The thread's fours of a vector float32 [D]."""
+        return [[v.float() for v in t.load_global(address + (item * 16).wide(), 4)] for item in self._items()]
 
     def _residual(self, x: Sequence[Scalar], space: Scalar, start: int, parts: int, tag: Scalar) -> tuple[Scalar, ...]:
-        """x, the thread's pairs, with what the last stage made added, in `parts` that are to be summed."""
-        pairs = self._pairs()
-        starts = [8 * (start + part * self.model.d_model) for part in range(parts)]
-        found = self._poll([space + (pair * 16).wide() + at for pair in pairs for at in starts], tag)
-        size = 2 * parts
-        added = [[word.float() for word in found[size * i : size * (i + 1)]] for i in range(len(pairs))]
-        return tuple(x[2 * i + half] + _total(added[i][half::2]) for i in range(len(pairs)) for half in range(2))
+        """x, the thread's fours, with what the last stage made added, in `parts` that are to be summed."""
+        starts = [8 * (start + part * self.model.d_model // 2) for part in range(parts)]
+        words = self._poll([space + (item * 16).wide() + at for item in self._items() for at in starts], tag)
+        halves = [half for word in words for half in t.unpack_halves(word)]
+        added = [_total(halves[4 * parts * (i // 4) + i % 4 :][: 4 * parts : 4]) for i in range(len(x))]
+        return tuple(t.fma(a, t.constant(SCALE, t.f32()), old) for a, old in zip(added, x, strict=True))
 
     def _normal(self, x: Sequence[Scalar], scales: Sequence[Sequence[Scalar]]) -> None:
         """x times the norm's scale as activations, and the sums of squares; the root is applied to the result."""
         squares = t.constant(0.0, t.f32())
         for i, scale in enumerate(scales):
-            index, pair = self.thread + i * self.threads, x[2 * i : 2 * i + 2]
-            word = t.pack_halves(*(a * b * (1 / SCALE) for a, b in zip(pair, scale, strict=True)))
-            valid = index < self.model.d_model // 2
-            self._activate(index, valid, [word])
-            squares = squares + t.select(valid, t.fma(pair[0], pair[0], pair[1] * pair[1]), 0.0)
+            index, values = self.thread + i * self.threads, x[4 * i : 4 * i + 4]
+            valid = index < self.model.d_model // 4
+            self._activate(index, valid, [a * b for a, b in zip(values, scale, strict=True)], 1.0)
+            squares = squares + t.select(valid, _total([v * v for v in values]), 0.0)
         for distance in (16, 8, 4, 2, 1):
             squares = squares + t.shuffle_xor(squares, distance)
         with t.when(self.lane.equals(0)):
             t.store_shared(self.base + self.squares + self.warp * 4, squares)
+
+    def _activate(self, index: Scalar, valid: Scalar, values: Sequence[Scalar], factor: float) -> None:
+        """Store activations 4 index… of `factor` times their value; a warp has those of a group."""
+        tops = [v.bits() & 0x7FFFFFFF for v in values]  # as integers, so that NaN is the greatest
+        top = t.maximum_of_warp(functools.reduce(t.maximum_unsigned, tops)).float()
+        levels = t.reciprocal(top) * float(LEVELS)
+        words = [t.fma(v, levels, t.constant(MAGIC, t.f32())).bits() for v in values]
+
+        def bytes_of(words: Sequence[Scalar], selector: int) -> Scalar:
+            first, second = (t.permute_bytes(*words[i : i + 2], selector) for i in (0, 2))
+            return t.permute_bytes(first, second, 0x5410)
+
+        # The low byte counts from -128 to 127, and the high one with it.
+        low, high = bytes_of(words, 0x40), bytes_of([word + 128 for word in words], 0x51)
+        # [pair of blocks, byte, quarter of a block, block, 8 inputs]
+        place = (index >> 4) * 128 + (index >> 1 & 3) * 16 + (index >> 3 & 1) * 8 + (index & 1) * 4 + self.base
+        with t.when(valid):
+            t.store_shared(place, high, offset=self.activations)
+            t.store_shared(place, low, offset=self.activations + 64)
+            with t.when(self.lane.equals(0)):
+                t.store_shared(self.base + self.levels + (index >> 5) * 4, top * (factor / LEVELS))
 
     def _multiply(
         self, stage: Stage, share: tuple[Scalar, Scalar], count: Scalar,
@@ -403,22 +425,28 @@ class _Kernel:
             unit = t.minimum(self.thread // GROUP_ROWS, units - 1)
             finish = begin(first + unit)
 
-            def slot(i: Scalar) -> Sequence[Scalar]:
-                number = count + i
-                place, lap = number % self.slots, number // self.slots
-                t.wait(self.full + place * 8, lap & 1)
+            skipped, moved = divmod(SLOT_GROUPS * self.config.teams, stage.groups)
+            number, index = count + team, team * SLOT_GROUPS + member
+            place, parity = number % self.slots, number // self.slots & 1
+
+            def slot(i: Scalar, place: Scalar, parity: Scalar, unit: Scalar, part: Scalar) -> Sequence[Scalar]:
+                t.wait(self.full + place * 8, parity)
                 index = i * SLOT_GROUPS + member
                 with t.when(index < total):
-                    unit, part = index // stage.groups, index % stage.groups
-                    if stage == self.stages[3]:
-                        part = part + ((first + unit) % DOWN_SPLIT) * stage.groups
-                    self._dot(place, part, index)
+                    offset = ((first + unit) % DOWN_SPLIT) * stage.groups if stage == self.stages[3] else 0
+                    self._dot(place, part + offset, index)
                 t.synchronize_warp()
                 with t.when(self.lane.equals(0)):
                     t.arrive(self.empty + place * 8)
-                return ()
+                place, part = place + self.config.teams, part + moved
+                stays, same = place < self.slots, part < stage.groups
+                return (
+                    t.select(stays, place, place - self.slots), t.select(stays, parity, parity ^ 1),
+                    t.select(same, unit + skipped, unit + (skipped + 1)), t.select(same, part, part - stage.groups),
+                )  # fmt: skip
 
-            t.loop(team, (total + (SLOT_GROUPS - 1)) >> 3, self.config.teams, [], slot)
+            state = [place, parity, index // stage.groups, index % stage.groups]
+            t.loop(team, (total + (SLOT_GROUPS - 1)) >> 3, self.config.teams, state, slot)
             t.synchronize(1, self.threads)
             rows = units * GROUP_ROWS
             with t.when(self.thread < ((rows + 31) & ~31)):
@@ -431,32 +459,29 @@ class _Kernel:
         member, blocks = self.warp & 7, range(GROUP_INPUTS // 32)
         weights = self.base + self.ring + place * SLOT_BYTES + member * GROUP_BYTES
         mine = weights + self.lane * 16
+        # The columns of the right operand are high, low, high, low, …: of the result only the first two are wanted.
         x = self.base + self.activations + part * (2 * GROUP_INPUTS) + (self.lane & 3) * 16
-        # All four blocks at once: each by itself would wait for memory and for the tensor core's latency in turn.
+        x = x + (self.lane >> 2 & 1) * 64
         w = [t.load_shared(mine, 4, offset=512 * block) for block in blocks]
-        b = [t.load_shared(x, 4, offset=64 * block) for block in blocks]
+        b = [word for pair in range(len(blocks) // 2) for word in t.load_shared(x, 4, offset=128 * pair)]
         scales = t.load_shared(weights + (self.lane >> 2) * 16, 4, offset=GROUP_ROWS * GROUP_INPUTS)
-        # Two bytes below 0x64 each: pairs of float16 that are 1152 too large.
-        a = [
-            [t.subtract_halves(t.permute_bytes(q, 0x64646464, selector), 0x64806480)
-             for q in words for selector in (0x4140, 0x4342)]
-            for words in w
-        ]  # fmt: skip
-        zeros = [t.constant(0.0, t.f32())] * 4
-        c = [t.mma([a[i][0], a[i][4], a[i][1], a[i][5]], b[i][:2], zeros, "f16") for i in blocks]
-        c = [t.mma([a[i][2], a[i][6], a[i][3], a[i][7]], b[i][2:], c[i], "f16") for i in blocks]
+        level = t.load_shared(self.base + self.levels + part * 4)[0].float()
+        start = [t.constant(MAGIC_BITS)] * 4
+        sums = [t.mma_int8(w[i], b[2 * i : 2 * i + 2], start) for i in blocks]
         upper = lower = t.constant(0.0, t.f32())
+        high = t.constant(256.0, t.f32())
         for block in blocks:
             scale = t.unpack_halves(scales[block])
-            upper, lower = t.fma(c[block][0], scale[0], upper), t.fma(c[block][2], scale[1], lower)
+            c = [s.float() - MAGIC for s in sums[block]]
+            upper, lower = t.fma(t.fma(c[0], high, c[1]), scale[0], upper), t.fma(t.fma(c[2], high, c[3]), scale[1], lower)
         with t.when((self.lane & 3).equals(0)):
             target = self.base + self.partial + index * 64 + self.lane
-            t.store_shared(target, upper)
-            t.store_shared(target, lower, offset=32)
+            t.store_shared(target, upper * level)
+            t.store_shared(target, lower * level, offset=32)
 
     def _sum(self, place: Scalar, groups: int) -> Scalar:
         """The sum of a row's partial sums."""
-        return _total([t.load_shared(place, 1, offset=64 * i)[0].float() for i in range(groups)]) * SCALE
+        return _total([t.load_shared(place, 1, offset=64 * i)[0].float() for i in range(groups)])
 
     def _root(self) -> Scalar:
         """1 / sqrt(mean(x^2) + eps)."""
@@ -497,17 +522,19 @@ class _Kernel:
         return finish
 
     def _rows(self, stage: Stage, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
-        """Hand rows on as they are."""
+        """Hand rows on as they are, in pairs."""
         row = self.thread & 15
         if stage == self.stages[3]:
             part, tile = unit % DOWN_SPLIT, unit // DOWN_SPLIT
-            at = part * self.model.d_model + tile * GROUP_ROWS + row + self.words.down
+            at = part * (self.model.d_model // 2) + tile * (GROUP_ROWS // 2) + (row >> 1) + self.words.down
         else:
-            at = unit * GROUP_ROWS + row + self.words.out
+            at = unit * (GROUP_ROWS // 2) + (row >> 1) + self.words.out
 
         def finish(place: Scalar, valid: Scalar) -> None:
-            with t.when(valid):
-                self._send(at, self._sum(place, stage.groups), COPIES)
+            value = self._sum(place, stage.groups) * (1 / SCALE)
+            word = t.pack_halves(value, t.shuffle_xor(value, 1))
+            with t.when(valid), t.when((row & 1).equals(0)):
+                self._send(at, word, COPIES)
 
         return finish
 
@@ -537,15 +564,11 @@ class _Kernel:
             indices = [self.thread + first for first in range(0, pairs, self.threads)]
             values = self._poll([base + (t.minimum(index, pairs - 1) * 16).wide() for index in indices], self.tag)
             for j, index in enumerate(indices):
-                self._activate(i * pairs + index, index < pairs, values[2 * j : 2 * j + 2])
+                halves = [half for word in values[2 * j : 2 * j + 2] for half in t.unpack_halves(word)]
+                self._activate(i * pairs + index, index < pairs, halves, SCALE)
             return ()
 
         t.loop(begin, t.select(alone, begin + 1, DOWN_SPLIT), 1, [], part)
-
-    def _activate(self, index: Scalar, valid: Scalar, words: Sequence[Scalar]) -> None:
-        """Store item `index`'s words of activations."""
-        with t.when(valid):
-            t.store_shared(self.base + self.activations + index * (4 * len(words)), *words)
 
     def _logits(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
         at = self.result + (unit * 64 + (self.thread & 15) * 4).wide()
@@ -755,8 +778,7 @@ class _Kernel:
             for chunk, share in enumerate(shares):
                 halves = [h for word in data[2 * chunk : 2 * chunk + 2] for h in t.unpack_halves(word)]
                 sums = [t.fma(share, h, s) for h, s in zip(halves, sums, strict=True)]
-            sums = [s * norm for s in sums]
-            self._activate(index, valid, [t.pack_halves(*sums[:2]), t.pack_halves(*sums[2:])])
+            self._activate(index, valid, [s * norm for s in sums], SCALE)
 
 
 def decode_step(

@@ -508,8 +508,9 @@ def _prepare(
         raise NotImplementedError(f"results of {dtype}, not bfloat16 or float32")
     if residual is not None and residual.dtype != dtype:
         raise NotImplementedError(f"a residual of {residual.dtype} and results of {dtype}")
-    if m == 0 or width % STEP or out % ROWS or out == 0:
-        raise NotImplementedError(f"weights [{out}, {width}] that are not multiples of {ROWS} and {STEP}, or no rows")
+    if m == 0 or width % STEP or out % ROWS or out < ROWS * (1 if swiglu else 2):
+        # One warpgroup's rows alone: the other's results, beyond the end, have been seen where the first's belong.
+        raise NotImplementedError(f"weights [{out}, {width}] that are not multiples of {ROWS} and {STEP}, or too few")
     if config is not None and swiglu and config.chunks(swiglu) % 2:
         raise ValueError(f"the SwiGLU form needs an even number of chunks: {config}")
     if config is None:

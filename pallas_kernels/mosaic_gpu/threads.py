@@ -137,6 +137,11 @@ def maximum(a: Scalar, b: Scalar | float) -> Scalar:
     return Scalar(arith.maxnumf(a.value, a.like(b).value))
 
 
+def maximum_unsigned(a: Scalar, b: Scalar) -> Scalar:
+    """The greater of two unsigned integers."""
+    return Scalar(arith.maxui(a.value, b.value))
+
+
 def select(condition: Scalar, a: Scalar, b: Scalar | int | float) -> Scalar:
     """a where the condition holds, otherwise b."""
     return Scalar(arith.select(condition.value, a.value, a.like(b).value))
@@ -313,11 +318,6 @@ def pack_halves(low: Scalar, high: Scalar) -> Scalar:
     return ptx("cvt.rn.f16x2.f32 $0, $2, $1;", low, high, results=[i32()])[0]
 
 
-def subtract_halves(a: Scalar, b: int) -> Scalar:
-    """Two float16s less those of a word."""
-    return ptx("sub.rn.f16x2 $0, $1, $2;", a, a.like(b), results=[i32()])[0]
-
-
 def unpack_halves(word: Scalar) -> list[Scalar]:
     """The low and the high float16 of a word as float32."""
     code = "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }"
@@ -359,6 +359,20 @@ def shuffle_xor(x: Scalar, distance: int) -> Scalar:
     code = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
     bits = ptx(code, x.bits() if x._is_float() else x, results=[i32()], convergent=True)[0]
     return bits.float() if x._is_float() else bits
+
+
+def maximum_of_warp(x: Scalar) -> Scalar:
+    """The greatest of the warp's unsigned int32s."""
+    return ptx("redux.sync.max.u32 $0, $1, -1;", x, results=[i32()], convergent=True)[0]
+
+
+def mma_int8(a: Sequence[Scalar], b: Sequence[Scalar], c: Sequence[Scalar]) -> list[Scalar]:
+    """c + a b on the tensor cores: a [16, 32] and b [32, 8] int8, c [16, 8] int32, in the fragments of m16n8k32."""
+    code = (
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+    return ptx(code, *a, *b, *c, results=[i32()] * 4, convergent=True)
 
 
 def mma(a: Sequence[Scalar], b: Sequence[Scalar], c: Sequence[Scalar], kind: str) -> list[Scalar]:
