@@ -612,17 +612,15 @@ class LanguageModel:
         steps, most = self._buckets.steps, max(row.budget for row in rows)
         self._check_capacity(batch, length, min(longest, self._buckets.prefill[-1]))
 
-        state = self._init_state(clock, rows, batch, length)
+        state, hidden = self._begin(clock, rows, batch, length)
         if prefix is not None:
             ids = np.full(prefix.length, self.config.vocab_size, np.int32)
             ids[: len(prefix.ids)] = prefix.ids
             state = self._call(clock, decoding.adopt, (state, prefix.cache, ids), params=False, donate=0)
-        hidden = jnp.zeros((batch, self.config.d_model), self.config.activation_dtype, device=self.device)
         for tokens, counts in self._prompt_chunks(rows, batch, longest):
             state, hidden = self._call(clock, decoding.prefill, (state, hidden, tokens, counts), donate=(0, 1))
         options: dict[str, Any] = {"top_logprobs": logprobs, "method": self.sampling_method([row.sampling for row in rows])}
-        state, emitted = self._call(clock, decoding.emit, (state, hidden), donate=0, **options)
-        chunk = jax.tree.map(lambda x: x[None], emitted)
+        state, chunk = self._call(clock, decoding.emit, (state, hidden), donate=0, **options)
         clock.prompt_tokens, clock.rows = sum(len(row.ids) for row in rows), len(rows)
         options["steps"] = steps
         dispatched = 1
@@ -633,29 +631,33 @@ class LanguageModel:
             dispatched += steps
             return emitted
 
-        # The first token does not wait for the compilation of what comes after it.
-        ahead = self._is_compiled(decoding.decode, (state,), **options)
-        while True:
-            following = dispatch() if ahead and dispatched < most else None
-            pieces = self._accept(rows, chunk, logprobs)  # waits for the chunk, while the following one runs
+        def accept(chunk: decoding.Emitted) -> list[str]:
+            pieces = self._accept(rows, chunk)  # waits for the chunk
             clock.mark(sum(len(row.token_ids) for row in rows))
-            yield pieces
-            if all(row.finish_reason for row in rows):
-                return
-            chunk = dispatch() if following is None else following
-            ahead = True
+            return pieces
 
-    def _accept(self, rows: list[_Row], chunk: decoding.Emitted, logprobs: int | None) -> list[str]:
-        tokens = np.asarray(chunk.tokens)
+        # The first token waits neither for the launch nor for the compilation of what comes after it.
+        pieces, following = accept(chunk), None
+        if dispatched < most and self._is_compiled(decoding.decode, (state,), **options):
+            following = dispatch()
+        yield pieces
+        while not all(row.finish_reason for row in rows):
+            chunk = dispatch() if following is None else following
+            following = dispatch() if dispatched < most else None  # runs while the host sees to the chunk before it
+            yield accept(chunk)
+
+    def _accept(self, rows: list[_Row], chunk: decoding.Emitted) -> list[str]:
+        tokens, *reports = (np.asarray(x) for x in chunk if x is not None)
+        if tokens.ndim == 1:  # one step alone
+            tokens, *reports = (x[None] for x in (tokens, *reports))
         for step, i in np.argwhere(tokens == decoding.NOT_FINITE).tolist():
             if i < len(rows) and rows[i].finish_reason is None:
                 raise self._not_finite(rows[i].before + rows[i].ids + rows[i].token_ids + tokens[:step, i].tolist())
         pieces = [""] * len(rows)
-        reports = None if logprobs is None else [np.asarray(x) for x in chunk[1:]]
         for step in range(tokens.shape[0]):
             for i, row in enumerate(rows):
                 report = None
-                if reports is not None:
+                if reports:
                     chosen, ids, values = (x[step, i] for x in reports)
                     report = TokenLogprobs(float(chosen), dict(zip(ids.tolist(), values.tolist(), strict=True)))
                 pieces[i] += row.accept(int(tokens[step, i]), report)
@@ -676,7 +678,9 @@ class LanguageModel:
             yield tokens, counts
             start += size
 
-    def _init_state(self, clock: _Clock, rows: list[_Row], batch: int, length: int) -> decoding.DecodeState:
+    def _begin(
+        self, clock: _Clock, rows: list[_Row], batch: int, length: int
+    ) -> tuple[decoding.DecodeState, jax.Array]:
         padding = batch - len(rows)  # rows that have ended before they begin
         stop_ids = np.full((batch, decoding.MAX_STOP_IDS), decoding.NO_TOKEN, np.int32)
         for i, row in enumerate(rows):
@@ -686,9 +690,9 @@ class LanguageModel:
             values = [getattr(row.sampling, name) for row in rows] + [getattr(GREEDY, name)] * padding
             columns[name] = np.array(values, value_dtype(name))
         remaining = np.array([row.budget for row in rows] + [0] * padding, np.int32)
-        keys = row_keys([row.seed for row in rows] + [0] * padding)
-        args = (remaining, keys, stop_ids, Sampling(**columns))
-        return self._call(clock, decoding.init_state, args, params=False, length=length)
+        seeds = np.array([row.seed for row in rows] + [0] * padding, np.uint32)
+        args = (remaining, seeds, stop_ids, Sampling(**columns))
+        return self._call(clock, _begin, args, params=False, length=length)
 
     def _call(
         self,
@@ -776,6 +780,19 @@ def _listed(prompts: Any) -> list[Any]:
         raise RequestError(
             f"{prompts!r:.80} is no prompt; expected a text, a list of texts, or a list of lists of token ids"
         ) from None
+
+
+def _begin(
+    config: ModelConfig,
+    remaining: jax.Array,
+    seeds: jax.Array,
+    stop_ids: jax.Array,
+    sampling: Sampling,
+    length: int,
+) -> tuple[decoding.DecodeState, jax.Array]:
+    """An empty state, and the last hidden states before a prompt: one program, since each costs its launch."""
+    state = decoding.init_state(config, remaining, row_keys(seeds), stop_ids, sampling, length)
+    return state, jnp.zeros((len(remaining), config.d_model), config.activation_dtype)
 
 
 def _check_kernels(kernels: str, device: jax.Device) -> None:

@@ -185,7 +185,7 @@ def portable_keys(keys: jax.Array) -> jax.Array:
     return threefry
 
 
-def row_keys(seeds: list[int]) -> jax.Array:
+def row_keys(seeds: Sequence[int] | np.ndarray | jax.Array) -> jax.Array:
     """Random keys [B] from seeds of 32 bits; the same on every machine and whatever JAX's default generator is."""
-    data = np.stack([np.zeros(len(seeds), np.uint32), np.asarray(seeds, np.uint32)], axis=-1)
-    return jax.random.wrap_key_data(jnp.asarray(data), impl="threefry2x32")
+    words = jnp.asarray(seeds, jnp.uint32)
+    return jax.random.wrap_key_data(jnp.stack([jnp.zeros_like(words), words], axis=-1), impl="threefry2x32")
