@@ -211,9 +211,7 @@ def _emit(
     tokens = sample(penalized, state.sampling, state.keys, state.cache.lengths, method)
 
     running = state.remaining > 0
-    # NaN and infinity are where argmax points to; `sample` needs it too, and XLA computes it once.
-    best = jnp.argmax(penalized, axis=-1)[:, None]
-    finite = jnp.isfinite(jnp.take_along_axis(penalized, best, axis=-1)[:, 0])
+    finite = jnp.isfinite(jnp.max(penalized, axis=-1))  # a NaN is the greatest
     emitted = jnp.where(running, jnp.where(finite, tokens, NOT_FINITE), NO_TOKEN)
     stopped = jnp.any(state.stop_ids == emitted[:, None], axis=-1) | ~finite
     rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)

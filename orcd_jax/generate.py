@@ -137,9 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "-c", "--context", type=int, metavar="N", help="most tokens, prompt included; default: the model's"
     )
-    run.add_argument("--kernels", choices=("auto", "xla", "mosaic_gpu", "decode_step"), default="auto",
-        help="auto: the default of each operation; xla: no hand-written ones; mosaic_gpu: all of them, for an NVIDIA "
-        "Hopper GPU; decode_step: these, and one for the whole decode step of a single prompt")  # fmt: skip
+    run.add_argument("--kernels", choices=("auto", "xla", "mosaic_gpu"), default="auto",
+        help="auto: the fastest, on an NVIDIA Hopper GPU hand-written ones and one for the whole decode step of a "
+        "single prompt; mosaic_gpu: without that one; xla: none of them")  # fmt: skip
     run.add_argument("--device", choices=("cpu", "gpu"), help="default: a GPU if JAX finds one")
 
     out = parser.add_argument_group("reports")

@@ -35,7 +35,7 @@ from orcd_jax.sampling import Method, Sampling, method_of, row_keys, value_dtype
 from orcd_jax.tokenizer import StreamDecoder, Tokenizer
 from pallas_kernels.implementation import on_hopper
 
-Kernels = Literal["auto", "xla", "mosaic_gpu", "decode_step"]
+Kernels = Literal["auto", "xla", "mosaic_gpu"]
 FinishReason = Literal["stop", "length", "context", "interrupted"]  # the last: it had not ended
 
 MAX_LOGPROBS = 20
@@ -255,11 +255,9 @@ class LanguageModel:
         load_s: float = 0.0,
     ):
         _check_kernels(kernels, device)
-        if kernels == "decode_step":
+        if kernels == "auto" and config.weight_bytes(weights) < available_bytes(device) // 4:
             with jax.default_device(device):
                 params = single_row.pack(params, config)
-            if single_row.PACKED not in params:
-                raise RequestError("kernels is 'decode_step', which this model's shapes or weights do not allow")
         self.config, self.params, self.tokenizer, self.template = config, params, tokenizer, template
         self.context, self.weights, self.device, self.load_s = context, weights, device, load_s
         self.kernels = kernels
@@ -619,7 +617,8 @@ class LanguageModel:
             state = self._call(clock, decoding.adopt, (state, prefix.cache, ids), params=False, donate=0)
         for tokens, counts in self._prompt_chunks(rows, batch, longest):
             state, hidden = self._call(clock, decoding.prefill, (state, hidden, tokens, counts), donate=(0, 1))
-        options: dict[str, Any] = {"top_logprobs": logprobs, "method": self.sampling_method([row.sampling for row in rows])}
+        method = self.sampling_method([row.sampling for row in rows])
+        options: dict[str, Any] = {"top_logprobs": logprobs, "method": method}
         state, chunk = self._call(clock, decoding.emit, (state, hidden), donate=0, **options)
         clock.prompt_tokens, clock.rows = sum(len(row.ids) for row in rows), len(rows)
         options["steps"] = steps
@@ -743,9 +742,7 @@ class LanguageModel:
 
     def tracing(self) -> contextlib.AbstractContextManager[None]:
         """The context to trace programs in, so that they run on the kernels that were asked for."""
-        if self.kernels == "auto":
-            return contextlib.nullcontext()
-        return pallas_kernels.use("xla" if self.kernels == "xla" else "mosaic_gpu")
+        return contextlib.nullcontext() if self.kernels == "auto" else pallas_kernels.use(self.kernels)
 
     def _cache_bucket(self, length: int) -> int:
         """The cache length for so many tokens: a power of two from 256 up, or the whole context."""
@@ -799,7 +796,7 @@ def _check_kernels(kernels: str, device: jax.Device) -> None:
     if kernels not in get_args(Kernels):
         raise RequestError(f"kernels is {kernels!r}; expected {', '.join(get_args(Kernels))}")
     with jax.default_device(device):
-        if kernels in ("mosaic_gpu", "decode_step") and not on_hopper():
+        if kernels == "mosaic_gpu" and not on_hopper():
             raise RequestError(f"kernels is {kernels!r}, which needs an NVIDIA Hopper GPU and jax 0.11.2 or newer")
 
 
@@ -821,9 +818,9 @@ def load(
       kv_cache: the cache policy, "full" or another of `CachePolicy`.
       context: the most tokens of a row; None: the model's own.
       device: "cpu" or "gpu"; None: JAX's default.
-      kernels: "auto": each op's default; "xla": none; "mosaic_gpu": all hand-written ones, for NVIDIA Hopper GPUs;
-        "decode_step": these, and a single one for the whole step of a row decoded alone, with a second copy of the
-        weights.
+      kernels: "auto": the fastest, which on an NVIDIA Hopper GPU are the hand-written ones, and a single one for the
+        whole step of a row decoded alone, for which a second copy of the weights is made if memory is ample;
+        "mosaic_gpu": those of the ops alone; "xla": none.
       progress: show downloading and loading on stderr.
 
     Raises:

@@ -3,8 +3,8 @@
 This package knows arrays only. Dimensions: B batch, T queries a row, S cache length, D model width, F feed-forward
 width, N query heads, K key/value heads, G = N / K, H head width, V vocabulary.
 
-On Hopper, prefill attention runs on its kernel. The other kernels were right on a card one by one, but have not run
-there inside a whole model yet: they run where `with use("mosaic_gpu"):` asks for them.
+On Hopper the ops run on their kernels where those take the arguments, and elsewhere, or inside `with use("xla"):`, as
+XLA compiles the references.
 """
 
 from pallas_kernels.decode_step import decode_step

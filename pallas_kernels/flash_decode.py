@@ -27,7 +27,7 @@ def _xla(*args: Any, ordered: bool) -> Any:
     return reference(*args)
 
 
-IMPLEMENTATIONS = {"xla": _xla, "mosaic_gpu": _mosaic_gpu}
+IMPLEMENTATIONS = {"mosaic_gpu": _mosaic_gpu, "xla": _xla}
 
 
 def flash_decode(

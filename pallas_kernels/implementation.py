@@ -76,7 +76,8 @@ def dispatch(
         try:
             return _run(op, implementations, candidate, *args, **kwargs)
         except NotImplementedError as reason:
-            _log.warning("%s: %s cannot run this (%s); using the next implementation", op, candidate, reason)
+            level = logging.WARNING if candidate == first else logging.INFO  # only who asked for it must know
+            _log.log(level, "%s: %s cannot run this (%s); using the next implementation", op, candidate, reason)
     return _run(op, implementations, order[-1], *args, **kwargs)
 
 

@@ -100,8 +100,8 @@ def _store_mosaic_gpu(*args: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     return kernel.qkv_rope_store(*args)
 
 
-IMPLEMENTATIONS = {"xla": reference, "mosaic_gpu": _mosaic_gpu}
-STORE_IMPLEMENTATIONS = {"xla": store_reference, "mosaic_gpu": _store_mosaic_gpu}
+IMPLEMENTATIONS = {"mosaic_gpu": _mosaic_gpu, "xla": reference}
+STORE_IMPLEMENTATIONS = {"mosaic_gpu": _store_mosaic_gpu, "xla": store_reference}
 
 
 def qkv_rope(

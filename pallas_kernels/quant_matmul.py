@@ -71,7 +71,7 @@ def _mosaic_gpu(
     return kernel.quant_matmul(x, weight, bias, residual, out_dtype)
 
 
-IMPLEMENTATIONS = {"xla": reference, "mosaic_gpu": _mosaic_gpu}
+IMPLEMENTATIONS = {"mosaic_gpu": _mosaic_gpu, "xla": reference}
 
 
 def quant_matmul(

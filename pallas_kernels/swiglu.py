@@ -28,7 +28,7 @@ def _mosaic_gpu(x: jax.Array, norm: jax.Array, gate_up: Weight, down: Weight, ep
     return kernel.swiglu(x, norm, gate_up, down, eps)
 
 
-IMPLEMENTATIONS = {"xla": reference, "mosaic_gpu": _mosaic_gpu}
+IMPLEMENTATIONS = {"mosaic_gpu": _mosaic_gpu, "xla": reference}
 
 
 def swiglu(

@@ -369,5 +369,6 @@ _PTX: list[tuple[str, Callable[..., Any]]] = [
     (r"^rcp\.", _pure(lambda x: 1 / x)),
     (r"^ex2\.", _pure(np.exp2)),
     (r"^lg2\.", _pure(np.log2)),
-    (r"^(fence|setmaxnreg|bar\.sync|bar\.warp|barrier\.cluster|mbarrier|prefetch|nanosleep)|mbarrier\.try_wait", lambda *_: None),
+    (r"^(fence|bar\.sync|bar\.warp|barrier\.cluster|mbarrier|prefetch|nanosleep)|mbarrier\.try_wait", lambda *_: None),
+    (r"^setmaxnreg", lambda *_: None),
 ]

@@ -6,6 +6,7 @@ n of them, each up to eps / 2 of its term, stay below 2 eps times the terms' 2-n
 
 import logging
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import jax
@@ -358,10 +359,13 @@ def fakes():
     return {"first": refuse, "second": lambda x: f"second {x}", "third": lambda x: f"third {x}"}
 
 
-def test_the_best_implementation_that_can_is_chosen_and_said(caplog):
-    assert dispatch("op", fakes(), None, 1) == "second 1"
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_the_best_implementation_that_can_is_chosen_and_said(caplog, asked_for):
+    caplog.set_level(logging.INFO)
+    with use("first") if asked_for else nullcontext():
+        assert dispatch("op", fakes(), None, 1) == "second 1"
     (record,) = caplog.records
-    assert record.levelno == logging.WARNING
+    assert record.levelno == (logging.WARNING if asked_for else logging.INFO)
     assert all(word in record.getMessage() for word in ("op", "first", "too odd"))
 
 

@@ -394,7 +394,7 @@ class _Kernel:
         words = [t.fma(v, levels, t.constant(MAGIC, t.f32())).bits() for v in values]
 
         def bytes_of(words: Sequence[Scalar], selector: int) -> Scalar:
-            first, second = (t.permute_bytes(*words[i : i + 2], selector) for i in (0, 2))
+            first, second = (t.permute_bytes(words[i], words[i + 1], selector) for i in (0, 2))
             return t.permute_bytes(first, second, 0x5410)
 
         # The low byte counts from -128 to 127, and the high one with it.
@@ -473,7 +473,8 @@ class _Kernel:
         for block in blocks:
             scale = t.unpack_halves(scales[block])
             c = [s.float() - MAGIC for s in sums[block]]
-            upper, lower = t.fma(t.fma(c[0], high, c[1]), scale[0], upper), t.fma(t.fma(c[2], high, c[3]), scale[1], lower)
+            upper = t.fma(t.fma(c[0], high, c[1]), scale[0], upper)
+            lower = t.fma(t.fma(c[2], high, c[3]), scale[1], lower)
         with t.when((self.lane & 3).equals(0)):
             target = self.base + self.partial + index * 64 + self.lane
             t.store_shared(target, upper * level)
@@ -820,11 +821,16 @@ def decode_step(
         compiler_params=plgpu.CompilerParams(lowering_semantics=mgpu.LoweringSemantics.Lane),
         kernel_name="decode_step",
     )
-    # What the kernel changes goes in as references, which makes input and output one buffer.
-    words = jax.new_ref(handover.words)
-    refs = [jax.new_ref(array) for layer in caches for array in layer]
-    angles = jnp.concatenate([cos, sin])
-    logits = run(positions, handover.step, x.astype(jnp.float32), angles, *weights, *refs, words)
-    arrays = [jax.freeze(ref) for ref in refs]
-    new = list(zip(arrays[::2], arrays[1::2], strict=True))
-    return logits, new, Handover(jax.freeze(words), handover.step + 1)
+
+    @jax.custom_batching.sequential_vmap
+    def step(*operands: Any) -> Any:
+        *inputs, arrays, words = operands
+        # What the kernel changes goes in as references, which makes input and output one buffer.
+        refs, words = [jax.new_ref(array) for array in arrays], jax.new_ref(words)
+        logits = run(*inputs, *refs, words)
+        return logits, [jax.freeze(ref) for ref in refs], jax.freeze(words)
+
+    arrays = [array for layer in caches for array in layer]
+    inputs = positions, handover.step, x.astype(jnp.float32), jnp.concatenate([cos, sin]), *weights
+    logits, arrays, words = step(*inputs, arrays, handover.words)
+    return logits, list(zip(arrays[::2], arrays[1::2], strict=True)), Handover(words, handover.step + 1)

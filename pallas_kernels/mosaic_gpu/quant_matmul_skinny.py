@@ -231,7 +231,7 @@ def qkv_rope(
 
         return finish
 
-    inputs: dict[str, Any] = {"bias": bias, "cos": cos, "sin": sin}
+    inputs: dict[str, Any] = {"bias": bias, "cos": cos.astype(jnp.float32), "sin": sin.astype(jnp.float32)}
     outs = {"q": (n_heads * width, x.dtype)}
     work = _Work(heads * tiles, 2, rows, epilogue)
     if store is None:
@@ -467,7 +467,9 @@ def _call(
         raise NotImplementedError(f"{m} rows; 1 to {MAX_ROWS}")
     if values.shape[0] % (TILE * work.joined) or width % (BLOCK * config.chunk) or values.size >= 2**31:
         raise NotImplementedError(f"weights {values.shape} in chunks of {config.chunk} blocks")
-    inputs = {"x": x, "values": values, "scales": scales, "norm": norm[0] if norm else None, **extra}
+    inputs = {"x": x, "values": values, "scales": scales, "norm": None, **extra}
+    if norm is not None:
+        inputs["norm"] = norm[0].astype(jnp.float32)
     given = {key: array for key, array in inputs.items() if array is not None}
     units = -(-work.count // (config.tiles // work.joined))
     rounds = -(-units // (config.warps // config.split))
