@@ -17,7 +17,7 @@ import pytest
 import pallas_kernels
 from pallas_kernels import flash_attention, flash_decode, qkv_rope, quant_matmul, rms_norm, swiglu
 from pallas_kernels.flash_attention import Visibility
-from pallas_kernels.implementation import dispatch
+from pallas_kernels.implementation import dispatch, use
 from pallas_kernels.quant_matmul import IMPLEMENTATIONS as MATMULS
 from pallas_kernels.quant_matmul import dequantize
 from pallas_kernels.top_k import tournament
