@@ -268,6 +268,7 @@ def simulated(monkeypatch):
 
     monkeypatch.setattr(kernels.plgpu, "kernel", kernel)
     monkeypatch.setattr(kernels.plgpu, "inline_mgpu", lambda arg_types: lambda f: lambda *refs: f(None, *refs))
+    monkeypatch.setattr(jax.custom_batching, "sequential_vmap", lambda f: f)  # it traces, and simt wants numbers
     monkeypatch.setattr(kernels, "heuristic", lambda: config)
     monkeypatch.setattr(kernels, "SHARED_BYTES", 1 << 19)
 
@@ -313,3 +314,16 @@ def test_the_kernel_is_right(name, position):
     if not on_hopper():
         pytest.skip("needs an NVIDIA Hopper GPU")
     check_kernel(*run_both(KERNEL_SIZES[name], position, 1152, "mosaic_gpu", jnp.bfloat16), position, 1152)
+
+
+def test_the_kernel_under_vmap():
+    if not on_hopper():
+        pytest.skip("needs an NVIDIA Hopper GPU")
+    params = single_row.pack(random_params(CONFIG, "int8", jax.devices()[0]), CONFIG)
+    tokens = jnp.asarray([[[5, 17, 100]], [[3, 9, 2]]], jnp.int32)
+
+    def generate(tokens):
+        lengths = jnp.full(1, 3, jnp.int32)
+        return decoding.generate_tokens(params, CONFIG, tokens, lengths, jax.random.key(0), max_new_tokens=4)
+
+    assert np.array_equal(jax.vmap(generate)(tokens), jnp.stack([generate(row) for row in tokens]))
