@@ -17,7 +17,7 @@ from orcd_jax.loader import Params
 from orcd_jax.model import Decoder, rope_angles
 from orcd_jax.quantize import QuantizedArray
 from pallas_kernels import decode_step
-from pallas_kernels.decode_step import DecoderSizes, Handover, LayerWeights, PackedWeights, check, init_handover
+from pallas_kernels.decode_step import DecoderSizes, Handover, LayerWeights, PackedWeights, init_handover
 from pallas_kernels.decode_step import pack as pack_weights
 from pallas_kernels.implementation import on_hopper
 
@@ -39,8 +39,10 @@ def pack(params: Params, config: ModelConfig) -> Params:
     matrices += [params[f"layer_{i}"][m][k] for i in range(config.n_layers) for m, k in _MATRICES]
     if not on_hopper() or not all(isinstance(matrix, QuantizedArray) for matrix in matrices):
         return params
+    from pallas_kernels.mosaic_gpu.decode_step import configure  # only where Pallas has what it needs
+
     try:
-        check(sizes(config))
+        configure(sizes(config))
     except NotImplementedError:
         return params
     return {**params, PACKED: _packed(params, config)}

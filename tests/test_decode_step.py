@@ -33,7 +33,7 @@ SIZES = DecoderSizes(
 )
 CONFIG = ModelConfig(
     name="packable", architecture="qwen2", vocab_size=160, known_tokens=160, d_model=128, n_layers=2, n_heads=2,
-    n_kv_heads=1, head_dim=64, d_ff=256, context_length=64, rope_theta=10000.0, rms_norm_eps=1e-6, qkv_bias=True,
+    n_kv_heads=1, head_dim=64, d_ff=1280, context_length=64, rope_theta=10000.0, rms_norm_eps=1e-6, qkv_bias=True,
     tied_head=True, dtype="bfloat16",
 )  # fmt: skip
 
@@ -327,3 +327,10 @@ def test_the_kernel_under_vmap():
         return decoding.generate_tokens(params, CONFIG, tokens, lengths, jax.random.key(0), max_new_tokens=4)
 
     assert np.array_equal(jax.vmap(generate)(tokens), jnp.stack([generate(row) for row in tokens]))
+
+
+def test_a_decoder_too_small_for_the_kernel_is_not_packed(monkeypatch):
+    monkeypatch.setattr(single_row, "on_hopper", lambda: True)
+    config = replace(CONFIG, d_ff=256)
+    params = random_params(config, "int8", jax.devices()[0])
+    assert single_row.pack(params, config) is params

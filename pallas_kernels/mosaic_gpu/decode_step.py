@@ -101,9 +101,15 @@ def _stages(sizes: DecoderSizes) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def _check(sizes: DecoderSizes, blocks: int) -> None:
-    """Raise NotImplementedError for a decoder that the kernel cannot run."""
+def configure(sizes: DecoderSizes) -> Config:
+    """The configuration for a decoder.
+
+    Raises:
+      NotImplementedError: if the kernel cannot run it.
+    """
     check(sizes)
+    config = choose("decode_step", f"{sizes.d_model}x{sizes.d_ff}", heuristic(), search_space)
+    blocks = config.blocks
     if sizes.n_heads > 8 * sizes.n_kv_heads:
         raise NotImplementedError(
             f"at most 8 query heads for each key head, not {sizes.n_heads} for {sizes.n_kv_heads}"
@@ -112,6 +118,7 @@ def _check(sizes: DecoderSizes, blocks: int) -> None:
         raise NotImplementedError(f"more key heads ({sizes.n_kv_heads}) than SMs ({blocks})")
     if sizes.d_ff // 8 < blocks:  # then blocks could be layers apart
         raise NotImplementedError(f"d_ff {sizes.d_ff} does not give each of {blocks} SMs work in every layer")
+    return config
 
 
 def _total(parts: Sequence[Scalar]) -> Scalar:
@@ -797,8 +804,7 @@ def decode_step(
     Raises:
       NotImplementedError: for more than one row, a cache that is not bfloat16, or sizes that do not fit.
     """
-    config = choose("decode_step", f"{sizes.d_model}x{sizes.d_ff}", heuristic(), search_space)
-    _check(sizes, config.blocks)
+    config = configure(sizes)
     if x.shape[0] != 1:
         raise NotImplementedError(f"one row, not {x.shape[0]}")
     if x.dtype != jnp.bfloat16 or caches[0][0].dtype != jnp.bfloat16:
