@@ -6,12 +6,13 @@ packs by itself: `decode` takes this way for parameters that were packed, and a 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from orcd_jax.cache import FullCache, KVCache, LayerCache
+from orcd_jax.cache import FullCache, KVCache, LayerCache, SlidingCache
 from orcd_jax.config import ModelConfig
 from orcd_jax.loader import Params
 from orcd_jax.model import Decoder, rope_angles
@@ -31,6 +32,12 @@ def sizes(config: ModelConfig) -> DecoderSizes:
         config.n_layers, config.d_model, config.d_ff, config.n_heads, config.n_kv_heads, config.head_dim,
         config.vocab_size, config.rms_norm_eps, config.sliding_window,
     )  # fmt: skip
+
+
+def _sizes_on(config: ModelConfig, cache: KVCache) -> DecoderSizes:
+    """The op's sizes on a cache: a ring may be shorter than the model's own window."""
+    own = sizes(config)
+    return replace(own, window=cache.window, ring=True) if isinstance(cache, SlidingCache) else own
 
 
 def pack(params: Params, config: ModelConfig) -> Params:
@@ -63,7 +70,8 @@ def _packed(params: Params, config: ModelConfig) -> PackedWeights:
 
 def begin(params: Params, config: ModelConfig, cache: KVCache) -> Handover | None:
     """What the first `step` takes; None where steps must be run op by op."""
-    plain = isinstance(cache, FullCache) and cache.lengths.shape[0] == 1 and not config.cache.int8
+    plain = isinstance(cache, FullCache) or (isinstance(cache, SlidingCache) and cache.sinks == 0)
+    plain = plain and cache.lengths.shape[0] == 1 and not config.cache.int8
     rotated = 2 * len(config.rope_frequencies()) == config.head_dim
     if PACKED not in params or not plain or not rotated or config.activation_dtype != jnp.bfloat16:
         return None
@@ -105,7 +113,7 @@ def step(
         params[PACKED],
         old,
         handover,
-        sizes=sizes(config),
+        sizes=_sizes_on(config, cache),
         implementation=implementation,
     )
     new: Any = [LayerCache(*layer) for layer in layers]

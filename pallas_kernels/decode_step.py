@@ -32,7 +32,7 @@ from pallas_kernels.swiglu import reference as swiglu
 GROUP_ROWS, GROUP_INPUTS = 16, 128
 GROUP_BYTES = GROUP_ROWS * GROUP_INPUTS * 17 // 16
 COPIES = 4  # of what many blocks read, so that they wait for different memory
-CHUNKS = 4  # the most that a head's keys are split into
+CHUNKS = 32  # the most that a head's keys are split into
 DOWN_SPLIT = 2  # parts of the inputs of the down projection
 
 
@@ -49,6 +49,12 @@ class DecoderSizes:
     vocab_size: int
     eps: float
     window: int | None
+    ring: bool = False  # the cache keeps the window alone: position p is in slot p % S
+
+    @property
+    def chunks(self) -> int:
+        """The most that a head's keys are split into: all heads' together keep a GPU busy."""
+        return max(1, min(CHUNKS, 128 // self.n_kv_heads))
 
     @property
     def qkv_rows(self) -> int:
@@ -101,7 +107,7 @@ class HandoverWords(NamedTuple):
     """Where the words are that the stages of a layer hand on, and their number."""
 
     qkv: int
-    attention: int  # [CHUNKS, N, H / 2 + 2]: outputs in pairs, the logarithm of their weight, and nothing
+    attention: int  # [chunks, N, H / 2 + 2]: outputs in pairs, the logarithm of their weight, and nothing
     out: int  # in pairs
     hidden: int  # in pairs
     down: int  # two parts, to be summed, in pairs
@@ -109,7 +115,7 @@ class HandoverWords(NamedTuple):
 
     @classmethod
     def of(cls, sizes: DecoderSizes) -> HandoverWords:
-        attention = CHUNKS * sizes.n_heads * (sizes.head_dim // 2 + 2)
+        attention = sizes.chunks * sizes.n_heads * (sizes.head_dim // 2 + 2)
         counts = sizes.qkv_rows, attention, sizes.d_model // 2, sizes.d_ff // 2, DOWN_SPLIT * sizes.d_model // 2
         return cls(*(sum(counts[:i]) for i in range(len(counts) + 1)))
 
@@ -225,11 +231,13 @@ def reference(
         q, k, v = qkv_rope(
             x, vectors[0], qkv, vectors[2], cos[:, None], sin[:, None], sizes.n_heads, sizes.n_kv_heads, sizes.eps
         )
-        rows = jnp.arange(x.shape[0], dtype=jnp.int32)
-        keys = keys.at[rows, :, positions].set(k[:, 0].astype(keys.dtype), mode="drop")
-        values = values.at[rows, :, positions].set(v[:, 0].astype(values.dtype), mode="drop")
+        rows, slots = jnp.arange(x.shape[0], dtype=jnp.int32), jnp.arange(keys.shape[2], dtype=jnp.int32)[None]
+        place = positions % keys.shape[2] if sizes.ring else positions
+        keys = keys.at[rows, :, place].set(k[:, 0].astype(keys.dtype), mode="drop")
+        values = values.at[rows, :, place].set(v[:, 0].astype(values.dtype), mode="drop")
         new.append((keys, values))
-        slots = jnp.arange(keys.shape[2], dtype=jnp.int32)[None]
+        if sizes.ring:  # the last position that fell on a slot; negative: none
+            slots = positions[:, None] - (positions[:, None] - slots) % keys.shape[2]
         heads: Any = attention(q, keys, values, positions[:, None], slots, visibility)
         x = matmul(heads.reshape(*x.shape[:2], -1), out, residual=x)
         x = swiglu(x, vectors[1], gate_up, down, sizes.eps)
@@ -273,7 +281,7 @@ def decode_step(
 
     Args:
       x: [B, D], the token's embedding, bfloat16.
-      positions: int32 [B], tokens that are in the cache; the new one is stored behind them, or nowhere if it is full.
+      positions: int32 [B], tokens so far; the new one is stored behind them, or, but in a ring, nowhere if it is full.
       cos, sin: float32 [B, H / 2], of the positions' angles.
       weights: from `pack`.
       caches: each layer's keys and values, [B, K, S, H].

@@ -98,7 +98,9 @@ def run_both(sizes, position, length, implementation, dtype, seed=0, jit=True):
     layers, norm, head = random_decoder(sizes, seed)
     x = jnp.asarray(rng.standard_normal((1, sizes.d_model)), dtype)
     shape = 1, sizes.n_kv_heads, length, sizes.head_dim
-    seen = np.arange(length)[:, None] < position
+    slots = np.arange(length)
+    held = position - 1 - (position - 1 - slots) % length if sizes.ring else slots  # each slot's position
+    seen = ((held >= 0) & (held < position))[:, None]
     filled = [[jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(2)] for _ in layers]
     # What has not been stored is not to be looked at; the reference multiplies it by zero.
     unknown = np.nan if implementation == "mosaic_gpu" else 100.0
@@ -116,7 +118,8 @@ def run_both(sizes, position, length, implementation, dtype, seed=0, jit=True):
         run = jax.jit(run)
     logits, new, handover = run(init_handover(sizes))
     again, _, _ = run(handover)
-    old = [tuple(np.asarray(part[0], np.float64) for part in pair) for pair in filled]
+    by_position = np.arange(position) % length  # the slot of each position, where it still is
+    old = [tuple(np.asarray(part[0, :, by_position], np.float64).swapaxes(0, 1) for part in pair) for pair in filled]
     expected = step_in_float64(sizes, np.asarray(x[0], np.float64), position, angles, layers, norm, head, old)
     return logits, again, new, expected
 
@@ -164,16 +167,17 @@ def test_what_belongs_together_is_8_rows_apart_in_a_tile():
 
 
 @pytest.mark.parametrize("position", [0, 5, 20])
-@pytest.mark.parametrize("window", [None, 7])
-def test_the_reference_is_right(position, window):
-    sizes = replace(SIZES, window=window)
-    logits, again, new, (expected, expected_new) = run_both(sizes, position, 24, "xla", jnp.float32)
+@pytest.mark.parametrize("window, ring", [(None, False), (7, False), (7, True)])
+def test_the_reference_is_right(position, window, ring):
+    sizes = replace(SIZES, window=window, ring=ring)
+    length = window if ring else 24
+    logits, again, new, (expected, expected_new) = run_both(sizes, position, length, "xla", jnp.float32)
     assert np.array_equal(logits, again)
     # Some 20 roundings in a row, each of float32, at sums of 256 terms.
     assert relative_error(logits[0], expected) < 20 * 16 * np.finfo(np.float32).eps
     for pair, right in zip(new, expected_new, strict=True):
         for cache, row in zip(pair, right, strict=True):
-            assert relative_error(cache[0, :, position], row) < 20 * 16 * np.finfo(np.float32).eps
+            assert relative_error(cache[0, :, position % length], row) < 20 * 16 * np.finfo(np.float32).eps
 
 
 @pytest.mark.parametrize(
@@ -277,6 +281,8 @@ SIMULATED = {
     "grouped queries": (replace(SIZES, d_ff=512), 24, (0, 5, 20)),
     "a window": (replace(SIZES, d_ff=512, d_model=384, n_heads=3, n_kv_heads=1, head_dim=128, window=7), 24, (3, 20)),
     "many chunks": (replace(SIZES, d_ff=512, n_layers=1, d_model=384, n_kv_heads=4, head_dim=96), 1152, (700, 1151)),
+    "very many chunks": (replace(SIZES, d_ff=512, n_layers=1, n_kv_heads=1), 2304, (1500, 2303)),
+    "a ring": (replace(SIZES, d_ff=512, window=24, ring=True), 24, (5, 23, 24, 77)),
     "a full cache": (replace(SIZES, d_ff=512, n_layers=1), 24, (24,)),
 }
 
@@ -285,10 +291,10 @@ SIMULATED = {
 def test_the_kernel_s_threads_compute_the_step(simulated, case):
     sizes, length, positions = SIMULATED[case]
     for position in positions:
-        check_kernel(*run_both(sizes, position, length, "mosaic_gpu", jnp.bfloat16, jit=False), position, length)
+        check_kernel(*run_both(sizes, position, length, "mosaic_gpu", jnp.bfloat16, jit=False), position, length, sizes)
 
 
-def check_kernel(logits, again, new, expected, position, length):
+def check_kernel(logits, again, new, expected, position, length, sizes):
     """bfloat16's rounding of queries, keys, values and softmax weights, and float16's of the rest, in each layer."""
     expected_logits, expected_new = expected
     assert np.array_equal(logits, again)
@@ -297,8 +303,8 @@ def check_kernel(logits, again, new, expected, position, length):
         for cache, row in zip(pair, right, strict=True):
             written = ~np.isnan(np.asarray(cache[0], np.float32)).any(axis=(0, 2))
             assert np.array_equal(written, np.arange(length) <= position)
-            if position < length:
-                assert relative_error(cache[0, :, position], row) < 1e-2
+            if position < length or sizes.ring:
+                assert relative_error(cache[0, :, position % length], row) < 1e-2
 
 
 # Both models' shapes, with fewer layers and tokens.
@@ -313,7 +319,8 @@ KERNEL_SIZES = {
 def test_the_kernel_is_right(name, position):
     if not on_hopper():
         pytest.skip("needs an NVIDIA Hopper GPU")
-    check_kernel(*run_both(KERNEL_SIZES[name], position, 1152, "mosaic_gpu", jnp.bfloat16), position, 1152)
+    sizes = KERNEL_SIZES[name]
+    check_kernel(*run_both(sizes, position, 1152, "mosaic_gpu", jnp.bfloat16), position, 1152, sizes)
 
 
 def test_the_kernel_under_vmap():

@@ -33,7 +33,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.decode_step import (
-    CHUNKS,
     COPIES,
     DOWN_SPLIT,
     GROUP_BYTES,
@@ -53,6 +52,7 @@ from pallas_kernels.tuning import choose
 SLOT_GROUPS = 8  # of a slot of the ring: one for each warp of a team
 SLOT_BYTES = SLOT_GROUPS * GROUP_BYTES
 KEYS = 16  # that a warp attends to at a time
+MERGED = 4  # chunks of keys whose outputs are merged at a time
 PAUSE = 20  # nanoseconds between two looks at what is waited for
 HEAD_UNITS = 8  # of the head that are summed at a time
 SCALE = 16.0  # results are handed on as float16 of their value over this, or as float32
@@ -136,7 +136,7 @@ class _Kernel:
         self.warps = SLOT_GROUPS * config.teams
         self.threads = 32 * self.warps
         self.words = HandoverWords.of(sizes)
-        self.chunks = max(1, min(CHUNKS, config.blocks // sizes.n_kv_heads))
+        self.chunks = max(1, min(sizes.chunks, config.blocks // sizes.n_kv_heads))
         self.group = sizes.n_heads // sizes.n_kv_heads
         self.stages = _stages(sizes)
         self.layer_groups = sum(s.units * s.groups for s in self.stages)
@@ -218,7 +218,7 @@ class _Kernel:
                 self._produce(full, empty)
         with t.when(self.thread < self.threads):
             t.set_registers("inc", own)
-            self.full, self.empty = full, empty
+            self.full, self.empty, self.span = full, empty, self._span()
             self._consume(t.global_address(x))
 
     # The assignment of work.
@@ -520,11 +520,12 @@ class _Kernel:
             rounded = t.round_bf16(t.select(rotated, turned, value))
             with t.when(valid):
                 self._send(at + self.words.qkv, rounded, 1)
-                with t.when(head >= m.n_heads), t.when(self.position < self.length):
+                fits = self.position < (1 << 31 if m.ring else self.length)
+                with t.when(head >= m.n_heads), t.when(fits):
                     is_key = head < m.n_heads + m.n_kv_heads
                     cache = t.select(is_key, self.keys, self.values)
                     kv_head = head - t.select(is_key, t.constant(m.n_heads), m.n_heads + m.n_kv_heads)
-                    slot = (kv_head * self.length + self.position) * m.head_dim + within
+                    slot = (kv_head * self.length + self._slot(self.position)) * m.head_dim + within
                     t.store_global_half(cache + slot.wide() * 2, rounded >> 16)
 
         return finish
@@ -589,6 +590,10 @@ class _Kernel:
 
     # Attention.
 
+    def _slot(self, position: Scalar) -> Scalar:
+        """Where a position is in the cache."""
+        return position % self.length if self.model.ring else position
+
     def _span(self) -> tuple[Scalar, Scalar, Scalar, Scalar]:
         """The first visible position; where the first chunk starts, passes over each chunk's keys, and chunks."""
         window, keys = self.model.window, KEYS * self.warps
@@ -597,17 +602,18 @@ class _Kernel:
             low = t.select(self.position < window, t.constant(0), self.position - (window - 1))
         start = low // keys * keys
         blocks = (self.position - start) // keys + 1
-        passes = (blocks + (self.chunks - 1)) // self.chunks
+        # Four passes or more a chunk, unless that leaves fewer than four: merging many takes its time too.
+        wanted = t.minimum(t.maximum_unsigned((blocks + 3) >> 2, t.constant(MERGED)), self.chunks)
+        passes = (blocks + wanted - 1) // wanted
         return low, start, passes, (blocks + passes - 1) // passes
 
     def _attend(self, turn: Scalar) -> None:
         """One key head's chunk, in blocks that have one; each warp takes 16 keys of a pass."""
         m, keys = self.model, KEYS * self.warps
-        low, start, passes, chunks = self._span()
+        low, start, passes, chunks = self.span
         unit = (self.config.blocks - 1) - turn  # blocks without a unit of q|k|v first
         with t.when(unit < chunks * m.n_kv_heads):
-            head = unit // chunks
-            chunk = unit - head * chunks
+            head, chunk = unit % m.n_kv_heads, unit // m.n_kv_heads
             start = start + chunk * passes * keys
             row_bytes = 2 * m.head_dim
             base = (head * self.length).wide() * row_bytes
@@ -684,7 +690,7 @@ class _Kernel:
         result = []
         for i, (row, pieces) in enumerate(self._pieces()):
             at = key + row
-            start = t.select(at >= self.position, t.constant(0), at) * (2 * self.model.head_dim)
+            start = self._slot(t.select(at >= self.position, t.constant(0), at)) * (2 * self.model.head_dim)
             cache = (self.keys if i < 2 else self.values) + base
             result.append([w for at, n in pieces for w in t.load_global(cache + (start + at).wide(), n)])
         return result
@@ -763,29 +769,36 @@ class _Kernel:
 
     def _merge(self, source: Scalar) -> None:
         """The chunks' outputs, weighted, as activations of the output projection."""
-        m = self.model
-        _, _, _, chunks = self._span()
+        m, chunks = self.model, self.span[3]
         quarters = m.head_dim // 4  # pairs of words of a head
         items = m.n_heads * quarters
         for first in range(0, items, self.threads):
             index = self.thread + first
             valid, near = index < items, t.minimum(index, items - 1)
             head, quarter = near // quarters, near % quarters
-            rows = []
-            for chunk in range(self.chunks):
-                row = (t.minimum(chunks - 1, chunk) * m.n_heads + head) * (m.head_dim // 2 + 2) + self.words.attention
-                rows.append(source + (row * 8).wide())
-            words = [row + (quarter * 16).wide() for row in rows]
-            data = self._poll(words, self.tag, [row + 4 * m.head_dim for row in rows])
-            logs = data[2 * len(rows) :]
-            known = [t.select(chunks >= chunk + 1, log.float(), _MASKED) for chunk, log in enumerate(logs)]
-            top = functools.reduce(t.maximum, known)
-            shares = [t.exp2(log - top) for log in known]
-            norm = t.reciprocal(functools.reduce(lambda a, b: a + b, shares))
-            sums = [t.constant(0.0, t.f32())] * 4
-            for chunk, share in enumerate(shares):
-                halves = [h for word in data[2 * chunk : 2 * chunk + 2] for h in t.unpack_halves(word)]
-                sums = [t.fma(share, h, s) for h, s in zip(halves, sums, strict=True)]
+
+            def merge(i: Scalar, *state: Scalar, head: Scalar = head, quarter: Scalar = quarter) -> Sequence[Scalar]:
+                top, total, *sums = state
+                rows = []
+                for chunk in range(MERGED):
+                    row = (t.minimum(chunks - 1, i + chunk) * m.n_heads + head) * (m.head_dim // 2 + 2)
+                    rows.append(source + ((row + self.words.attention) * 8).wide())
+                words = [row + (quarter * 16).wide() for row in rows]
+                data = self._poll(words, self.tag, [row + 4 * m.head_dim for row in rows])
+                logs = [log.float() for log in data[2 * MERGED :]]
+                known = [t.select(chunks >= i + (chunk + 1), log, _MASKED) for chunk, log in enumerate(logs)]
+                new_top = functools.reduce(t.maximum, known, top)
+                fade = t.exp2(top - new_top)
+                total, sums = total * fade, [s * fade for s in sums]
+                for chunk, log in enumerate(known):
+                    share = t.exp2(log - new_top)
+                    halves = [h for word in data[2 * chunk : 2 * chunk + 2] for h in t.unpack_halves(word)]
+                    total, sums = total + share, [t.fma(share, h, s) for h, s in zip(halves, sums, strict=True)]
+                return new_top, total, *sums
+
+            zero = t.constant(0.0, t.f32())
+            _, total, *sums = t.loop(0, chunks, MERGED, [t.constant(_MASKED, t.f32()), *[zero] * 5], merge)
+            norm = t.reciprocal(total)
             self._activate(index, valid, [s * norm for s in sums], SCALE)
 
 
