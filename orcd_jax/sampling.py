@@ -142,14 +142,13 @@ def sample(
         descending, ids = lax.sort((-logits, ids), num_keys=2, is_stable=False)
         return _draw(-descending, ids, sampling, keys, steps)
 
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if method == "greedy":
-        return greedy
-    if method == "candidates":
-        return jnp.where(drawing, draw_few(), greedy)
+    def largest() -> jax.Array:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    if method != "any":
+        return largest() if method == "greedy" else draw_few()
     branch = jnp.where(jnp.any(drawing), jnp.where(jnp.all(few), 1, 2), 0)
-    drawn = lax.switch(branch, (lambda: greedy, draw_few, draw_all))  # one switch: two conditions would cost twice
-    return jnp.where(drawing, drawn, greedy)
+    return lax.switch(branch, (largest, draw_few, draw_all))  # one switch: two conditions would cost twice
 
 
 def _draw(values: jax.Array, ids: jax.Array, sampling: Sampling, keys: jax.Array, steps: jax.Array) -> jax.Array:
@@ -170,6 +169,7 @@ def _draw(values: jax.Array, ids: jax.Array, sampling: Sampling, keys: jax.Array
     # Measured from the largest, so that a tiny temperature cannot overflow.
     scores = (values - values[:, :1]) / temperature + noise
     choice = jnp.argmax(jnp.where(kept, scores, -jnp.inf), axis=-1)
+    choice = jnp.where(sampling.temperature > 0, choice, 0)
     return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
 
 
