@@ -602,9 +602,7 @@ class _Kernel:
             low = t.select(self.position < window, t.constant(0), self.position - (window - 1))
         start = low // keys * keys
         blocks = (self.position - start) // keys + 1
-        # Four passes or more a chunk, unless that leaves fewer than four: merging many takes its time too.
-        wanted = t.minimum(t.maximum_unsigned((blocks + 3) >> 2, t.constant(MERGED)), self.chunks)
-        passes = (blocks + wanted - 1) // wanted
+        passes = (blocks + (self.chunks - 1)) // self.chunks
         return low, start, passes, (blocks + passes - 1) // passes
 
     def _attend(self, turn: Scalar) -> None:
@@ -618,18 +616,20 @@ class _Kernel:
             row_bytes = 2 * m.head_dim
             base = (head * self.length).wide() * row_bytes
             mine = start + self.warp * KEYS
+            tiles = m.head_dim // 8
+            zero, masked = t.constant(0.0, t.f32()), t.constant(_MASKED, t.f32())
             found = self._fetch(base, mine)  # before the queries are there
             self._take_queries(head)
             t.synchronize(1, self.threads)
-            tiles = m.head_dim // 8
-            zero, masked = t.constant(0.0, t.f32()), t.constant(_MASKED, t.f32())
 
-            def attend(i: Scalar, *state: Scalar) -> Sequence[Scalar]:
+            def attend(i: Scalar, *carry: Scalar) -> Sequence[Scalar]:
+                found, state = carry[: -2 * tiles - 2], carry[-2 * tiles - 2 :]
                 key = mine + i * keys
-                return self._attend_16(self._fetch(base, key), key, low, state)
+                following = self._fetch(base, key + keys)  # on its way while these are used
+                return *following, *self._attend_16(found, key, low, state)
 
-            state = self._attend_16(found, mine, low, [masked, zero, *[zero] * (2 * tiles)])
-            top, total, *output = t.loop(1, passes, 1, state, attend)
+            carry = t.loop(0, passes, 1, [*found, masked, zero, *[zero] * (2 * tiles)], attend)
+            top, total, *output = carry[len(found) :]
             for distance in (1, 2):
                 total = total + t.shuffle_xor(total, distance)
             row = self.lane >> 2
@@ -685,18 +685,18 @@ class _Kernel:
             of_value.append((row * 8 + width // 64 * 128, 2))
         return [(row + d, of_key) for d in (0, 8)] + [(quad * 2 + d, of_value) for d in (0, 1, 8, 9)]
 
-    def _fetch(self, base: Scalar, key: Scalar) -> list[list[Scalar]]:
+    def _fetch(self, base: Scalar, key: Scalar) -> list[Scalar]:
         """The words of `_pieces` of 16 keys and values from `key` on, from the cache."""
         result = []
         for i, (row, pieces) in enumerate(self._pieces()):
             at = key + row
             start = self._slot(t.select(at >= self.position, t.constant(0), at)) * (2 * self.model.head_dim)
             cache = (self.keys if i < 2 else self.values) + base
-            result.append([w for at, n in pieces for w in t.load_global(cache + (start + at).wide(), n)])
+            result += [w for at, n in pieces for w in t.load_global(cache + (start + at).wide(), n)]
         return result
 
     def _attend_16(
-        self, found: Sequence[Sequence[Scalar]], key: Scalar, low: Scalar, state: Sequence[Scalar]
+        self, found: Sequence[Scalar], key: Scalar, low: Scalar, state: Sequence[Scalar]
     ) -> Sequence[Scalar]:
         """A warp's online softmax over 16 keys from `key` on: rows are the group's heads.
 
@@ -706,12 +706,12 @@ class _Kernel:
         row, quad = self.lane >> 2, self.lane & 3
         top, total, *output = state
         zero = t.constant(0)
-        rows = []
-        for i, (words, (at, pieces)) in enumerate(zip(found, self._pieces(), strict=True)):
+        rows, words = [], iter(found)
+        for i, (at, pieces) in enumerate(self._pieces()):
             # This step's key is not in the cache yet, and later ones are never seen.
             is_new, new = (key + at) >= self.position, self.new_key if i < 2 else self.new_value
             fresh = [w for at, n in pieces for w in t.load_shared(self.base + at, n, offset=new)]
-            rows.append([t.select(is_new, a, b) for a, b in zip(fresh, words, strict=True)])
+            rows.append([t.select(is_new, a, b) for a, b in zip(fresh, words, strict=False)])
         k, v = rows[:2], rows[2:]
         value_keys = [key + (quad * 2 + d) for d in (0, 1, 8, 9)]
 
