@@ -264,6 +264,8 @@ class LanguageModel:
         self._buckets = _BUCKETS.get(device.platform, _BUCKETS["gpu"])
         self._programs: dict[Any, jax.stages.Compiled] = {}
         self._lock = threading.Lock()
+        # On a CPU launches are cheap, and a large program that runs out of memory has been seen not to return.
+        self._launches_cost = device.platform != "cpu"
 
     # Text in, text out
 
@@ -610,16 +612,20 @@ class LanguageModel:
         steps, most = self._buckets.steps, max(row.budget for row in rows)
         self._check_capacity(batch, length, min(longest, self._buckets.prefill[-1]))
 
-        state, hidden = self._begin(clock, rows, batch, length)
-        if prefix is not None:
-            ids = np.full(prefix.length, self.config.vocab_size, np.int32)
-            ids[: len(prefix.ids)] = prefix.ids
-            state = self._call(clock, decoding.adopt, (state, prefix.cache, ids), params=False, donate=0)
-        for tokens, counts in self._prompt_chunks(rows, batch, longest):
-            state, hidden = self._call(clock, decoding.prefill, (state, hidden, tokens, counts), donate=(0, 1))
         method = self.sampling_method([row.sampling for row in rows])
         options: dict[str, Any] = {"top_logprobs": logprobs, "method": method}
-        state, chunk = self._call(clock, decoding.emit, (state, hidden), donate=0, **options)
+        request, prompt = self._request(rows, batch), list(self._prompt_chunks(rows, batch, longest))
+        if self._launches_cost and prefix is None and len(prompt) == 1:
+            state, chunk = self._call(clock, _first_token, (*request, *prompt[0]), length=length, **options)
+        else:
+            state, hidden = self._call(clock, _begin, request, params=False, length=length)
+            if prefix is not None:
+                ids = np.full(prefix.length, self.config.vocab_size, np.int32)
+                ids[: len(prefix.ids)] = prefix.ids
+                state = self._call(clock, decoding.adopt, (state, prefix.cache, ids), params=False, donate=0)
+            for tokens, counts in prompt:
+                state, hidden = self._call(clock, decoding.prefill, (state, hidden, tokens, counts), donate=(0, 1))
+            state, chunk = self._call(clock, decoding.emit, (state, hidden), donate=0, **options)
         clock.prompt_tokens, clock.rows = sum(len(row.ids) for row in rows), len(rows)
         options["steps"] = steps
         dispatched = 1
@@ -677,9 +683,8 @@ class LanguageModel:
             yield tokens, counts
             start += size
 
-    def _begin(
-        self, clock: _Clock, rows: list[_Row], batch: int, length: int
-    ) -> tuple[decoding.DecodeState, jax.Array]:
+    def _request(self, rows: list[_Row], batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Sampling]:
+        """What `_begin` takes of the rows."""
         padding = batch - len(rows)  # rows that have ended before they begin
         stop_ids = np.full((batch, decoding.MAX_STOP_IDS), decoding.NO_TOKEN, np.int32)
         for i, row in enumerate(rows):
@@ -690,8 +695,7 @@ class LanguageModel:
             columns[name] = np.array(values, value_dtype(name))
         remaining = np.array([row.budget for row in rows] + [0] * padding, np.int32)
         seeds = np.array([row.seed for row in rows] + [0] * padding, np.uint32)
-        args = (remaining, seeds, stop_ids, Sampling(**columns))
-        return self._call(clock, _begin, args, params=False, length=length)
+        return remaining, seeds, stop_ids, Sampling(**columns)
 
     def _call(
         self,
@@ -787,9 +791,27 @@ def _begin(
     sampling: Sampling,
     length: int,
 ) -> tuple[decoding.DecodeState, jax.Array]:
-    """An empty state, and the last hidden states before a prompt: one program, since each costs its launch."""
+    """An empty state, and the last hidden states before a prompt."""
     state = decoding.init_state(config, remaining, row_keys(seeds), stop_ids, sampling, length)
     return state, jnp.zeros((len(remaining), config.d_model), config.activation_dtype)
+
+
+def _first_token(
+    params: Params,
+    config: ModelConfig,
+    remaining: jax.Array,
+    seeds: jax.Array,
+    stop_ids: jax.Array,
+    sampling: Sampling,
+    tokens: jax.Array,
+    counts: jax.Array,
+    length: int,
+    **options: Any,
+) -> tuple[decoding.DecodeState, decoding.Emitted]:
+    """All up to the first token for prompts of one chunk."""
+    state, hidden = _begin(config, remaining, seeds, stop_ids, sampling, length)
+    state, hidden = decoding.prefill(params, config, state, hidden, tokens, counts)
+    return decoding.emit(params, config, state, hidden, **options)
 
 
 def _check_kernels(kernels: str, device: jax.Device) -> None:

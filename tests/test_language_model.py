@@ -556,3 +556,15 @@ def test_kernels_that_cannot_run_are_refused(tiny, kernels, message):
 def test_no_kernels_can_be_asked_for(tiny, qwen):
     expected = qwen.generate([[1, 2, 3]], 4)[0].token_ids
     assert orcd_jax.load(tiny("qwen2"), kernels="xla").generate([[1, 2, 3]], 4)[0].token_ids == expected
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_a_first_token_by_one_program_is_the_same(tiny, qwen, logprobs):
+    prompts = [[1, 2, 3], [4, 5], [6] * 40]
+    other = orcd_jax.load(tiny("qwen2"))
+    other._launches_cost = True
+    sampling = [Sampling(temperature=0.0), Sampling(), Sampling(top_k=0)]
+    expected = qwen.generate(prompts, 5, sampling, seed=3, logprobs=logprobs)
+    actual = other.generate(prompts, 5, sampling, seed=3, logprobs=logprobs)
+    assert [c.token_ids for c in actual] == [c.token_ids for c in expected]
+    assert [c.text for c in actual] == [c.text for c in expected]
