@@ -103,7 +103,7 @@ def where(result: Result) -> str:
 def ranged(values: dict[str, float], factor: float = 1.0, digits: int = 1) -> str:
     """A median with its range."""
     median, low, high = (f"{values[key] * factor:,.{digits}f}" for key in ("median", "min", "max"))
-    return f"{median} ({low} to {high})"
+    return f"{median} ({low} to {high})" if low != high else median
 
 
 def sections(make: Callable[[Result], str]) -> Callable[[list[Result]], str]:
