@@ -122,10 +122,11 @@ def timed(function: Callable[..., Any], inputs: list[tuple[Any, ...]], repeat: i
     program = Program(compiled.as_text())
     first, second = compiled(*inputs[0]), compiled(*inputs[0])
     jax.block_until_ready(second)
-    times = []
+    times, options = [], jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
     for _ in range(repeat):
         with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
+            with jax.profiler.trace(folder, profiler_options=options):
                 for arguments in inputs:
                     result = compiled(*arguments)
                 jax.block_until_ready(result)
@@ -162,7 +163,7 @@ def all_cases(quick: bool) -> list[Case]:
     if quick:
         return [
             attention(1, 64, 4, 2, 64), decode("tiny", 2, 256, 4, 2, 64), matmul(8, 128, 64), swiglu("tiny", 8, 64, 96),
-            qkv_rope("tiny", 8, 64, 4, 2, 16), rms_norm(8, 64),
+            qkv_rope("tiny", 8, 64, 4, 2, 16), rms_norm(8, 64), top_k(2, 512),
         ]  # fmt: skip
     cases = [attention(4, 4096, *heads) for heads in ((14, 2, 64), (32, 32, 96), (32, 8, 128))]
     cases += [decode("Qwen", 64, 4096, 14, 2, 64), decode("Phi-3", 64, 4096, 32, 32, 96)]
@@ -175,6 +176,8 @@ def all_cases(quick: bool) -> list[Case]:
             cases.append(swiglu(model, m, config.d_model, config.d_ff))
             cases.append(qkv_rope(model, m, config.d_model, config.n_heads, config.n_kv_heads, config.head_dim))
             cases.append(rms_norm(m, config.d_model))
+            if m <= 64:
+                cases.append(top_k(m, config.vocab_size))
     return cases
 
 
@@ -301,6 +304,18 @@ def rms_norm(m: int, width: int) -> Case:
 
     return Case(
         "rms_norm", f"M{m} D{width}", inputs, {"eps": _EPS}, read_bytes=4 * m * width, flops=4 * m * width
+    )  # fmt: skip
+
+
+def top_k(m: int, vocab: int) -> Case:
+    """The sampler's candidates, against XLA's sort."""
+
+    def inputs(key: jax.Array) -> tuple[Any, ...]:
+        return (jax.random.normal(key, (m, vocab)),)
+
+    return Case(
+        "top_k", f"M{m} V{vocab}", inputs, {"k": 64}, read_bytes=4 * m * vocab, flops=m * vocab,
+        baseline="lax.top_k", baseline_call=lambda x: jax.lax.top_k(x, 64),
     )  # fmt: skip
 
 

@@ -194,8 +194,10 @@ def profile(model: LanguageModel, batch: int, held: int, prompt: int | None, rep
     steps = 8 if prompt is None else 1
     probe = Probe(model, batch, held, prompt=prompt, steps=steps)
     times = [seconds / steps for seconds in measure(probe.run, repeat)]
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # it would take time of the host's
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
+        with jax.profiler.trace(folder, profiler_options=options):
             probe.run()
         (file,) = Path(folder).rglob("*.xplane.pb")
         program = Program(probe.compiled.as_text() or "")
