@@ -612,8 +612,7 @@ class LanguageModel:
         steps, most = self._buckets.steps, max(row.budget for row in rows)
         self._check_capacity(batch, length, min(longest, self._buckets.prefill[-1]))
 
-        method = self.sampling_method([row.sampling for row in rows])
-        options: dict[str, Any] = {"top_logprobs": logprobs, "method": method}
+        options: dict[str, Any] = {"top_logprobs": logprobs}
         request, prompt = self._request(rows, batch), list(self._prompt_chunks(rows, batch, longest))
         if self._launches_cost and prefix is None and len(prompt) == 1:
             state, chunk = self._call(clock, _first_token, (*request, *prompt[0]), length=length, **options)
@@ -627,7 +626,8 @@ class LanguageModel:
                 state, hidden = self._call(clock, decoding.prefill, (state, hidden, tokens, counts), donate=(0, 1))
             state, chunk = self._call(clock, decoding.emit, (state, hidden), donate=0, **options)
         clock.prompt_tokens, clock.rows = sum(len(row.ids) for row in rows), len(rows)
-        options["steps"] = steps
+        # The first token is chosen by a program for every method: cheaper than to compile another prefill.
+        options |= {"steps": steps, "method": self.sampling_method([row.sampling for row in rows])}
         dispatched = 1
 
         def dispatch() -> decoding.Emitted:
