@@ -28,8 +28,8 @@ from orcd_jax.config import ModelConfig, array_bytes
 from orcd_jax.device import select_device
 from orcd_jax.probe import Ceilings, measure, measure_ceilings
 from orcd_jax.profile import Program, device_events, shares
-from orcd_jax.quantize import BLOCK
 from pallas_kernels.qkv_rope import rotate
+from pallas_kernels.tune import random_weight
 
 PRESETS = {"Qwen": "qwen2.5-0.5b", "Phi-3": "phi-3-mini-4k"}
 _EPS = 1e-6
@@ -185,12 +185,6 @@ def _normal(key: jax.Array, *shape: int) -> jax.Array:
     return jax.random.normal(key, shape, jnp.bfloat16)
 
 
-def _weight(key: jax.Array, rows: int, width: int) -> tuple[jax.Array, jax.Array]:
-    values, scales = jax.random.split(key)
-    scale = jax.random.uniform(scales, (rows, width // BLOCK), jnp.float16, 0.5, 1.0) * (width**-0.5 / 64)
-    return jax.random.randint(values, (rows, width), -127, 128, jnp.int8), scale
-
-
 def attention(batch: int, length: int, heads: int, kv_heads: int, width: int) -> Case:
     """Causal attention of whole sequences, against cuDNN."""
 
@@ -240,7 +234,7 @@ def matmul(m: int, rows: int, width: int) -> Case:
 
     def inputs(key: jax.Array) -> tuple[Any, ...]:
         x, w = jax.random.split(key)
-        return _normal(x, m, width), _weight(w, rows, width)
+        return _normal(x, m, width), random_weight(w, rows, width)
 
     def in_bf16(key: jax.Array) -> tuple[Any, ...]:
         x, w = jax.random.split(key)
@@ -260,7 +254,8 @@ def swiglu(model: str, m: int, width: int, d_ff: int) -> Case:
     def inputs(key: jax.Array) -> tuple[Any, ...]:
         x, gate_up, down = jax.random.split(key, 3)
         return (
-            _normal(x, 1, m, width), jnp.ones(width), _weight(gate_up, 2 * d_ff, width), _weight(down, width, d_ff)
+            _normal(x, 1, m, width), jnp.ones(width), random_weight(gate_up, 2 * d_ff, width),
+            random_weight(down, width, d_ff),
         )  # fmt: skip
 
     def separate(x: jax.Array, norm: jax.Array, gate_up: Any, down: Any) -> jax.Array:
@@ -282,7 +277,14 @@ def qkv_rope(model: str, m: int, width: int, heads: int, kv_heads: int, head_dim
     def inputs(key: jax.Array) -> tuple[Any, ...]:
         x, w, angle = jax.random.split(key, 3)
         angles = jax.random.uniform(angle, (1, m, head_dim // 2), maxval=2 * np.pi)
-        return _normal(x, 1, m, width), jnp.ones(width), _weight(w, rows, width), None, jnp.cos(angles), jnp.sin(angles)
+        return (
+            _normal(x, 1, m, width),
+            jnp.ones(width),
+            random_weight(w, rows, width),
+            None,
+            jnp.cos(angles),
+            jnp.sin(angles),
+        )
 
     def separate(x: jax.Array, norm: jax.Array, w: Any, bias: None, cos: jax.Array, sin: jax.Array) -> Any:
         joined = pallas_kernels.quant_matmul(pallas_kernels.rms_norm(x, norm, _EPS), w, bias)
@@ -324,7 +326,7 @@ def chains(ceilings: Ceilings, repeat: int) -> Iterator[dict[str, Any]]:
     config = ModelConfig.from_preset(PRESETS["Qwen"])
     d, f = config.d_model, config.d_ff
     layers = [
-        (_weight(a, 2 * f, d), _weight(b, d, f))
+        (random_weight(a, 2 * f, d), random_weight(b, d, f))
         for a, b in jax.random.split(jax.random.key(1), (config.n_layers, 2))
     ]  # fmt: skip
     rounds, size = 8, config.n_layers * (array_bytes((2 * f, d), "int8") + array_bytes((d, f), "int8"))

@@ -130,8 +130,6 @@ def sample(
     """
     vocab = logits.shape[-1]
     candidates = min(_CANDIDATES, vocab)
-    drawing = sampling.temperature > 0
-    few = (sampling.top_k > 0) & (sampling.top_k <= candidates) | ~drawing
 
     def draw_few() -> jax.Array:
         return _draw(*top_k(logits, candidates), sampling, keys, steps)
@@ -147,6 +145,8 @@ def sample(
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # in a branch it takes a CPU 6 ms more
     if method == "greedy":
         return greedy
+    drawing = sampling.temperature > 0
+    few = (sampling.top_k > 0) & (sampling.top_k <= candidates) | ~drawing
     branch = jnp.where(jnp.any(drawing), jnp.where(jnp.all(few), 1, 2), 0)
     return lax.switch(branch, (lambda: greedy, draw_few, draw_all))  # one switch: two conditions would cost twice
 

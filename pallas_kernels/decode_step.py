@@ -247,19 +247,10 @@ def reference(
     return logits, new, handover._replace(step=handover.step + 1)
 
 
-def _mosaic_gpu(
-    x: jax.Array,
-    positions: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    weights: PackedWeights,
-    caches: Sequence[tuple[jax.Array, jax.Array]],
-    handover: Handover,
-    sizes: DecoderSizes,
-) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]], Handover]:
-    from pallas_kernels.mosaic_gpu.decode_step import decode_step
+def _mosaic_gpu(*args: Any) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]], Handover]:
+    from pallas_kernels.mosaic_gpu import decode_step as kernel
 
-    return decode_step(x, positions, cos, sin, weights, caches, handover, sizes)
+    return kernel.decode_step(*args)
 
 
 IMPLEMENTATIONS = {"mosaic_gpu": _mosaic_gpu, "xla": reference}

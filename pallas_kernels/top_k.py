@@ -27,16 +27,17 @@ def reference(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 def tournament(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The op in rounds, for a GPU."""
-    ids, known = lax.broadcasted_iota(jnp.int32, x.shape, 1), False
+    ids: jax.Array | None = None  # the places themselves
     most = _GROUPS if x.shape[0] < _MANY else _GROUPS_OF_MANY
     while (size := x.shape[1]) > most * 3 // 2:
         group = 1 << ((size // most).bit_length() - 1)
         x = _cut(x, group, -jnp.inf)
         # Padded numbers that count up would be a constant of the row's size.
-        ids = _cut(ids, group, jnp.iinfo(ids.dtype).max) if known else _count(x)
+        ids = _count(x) if ids is None else _cut(ids, group, jnp.iinfo(jnp.int32).max)
         best = _order(jnp.max(x, axis=-1), ids[..., 0], k)[..., None]
         x, ids = (jnp.take_along_axis(a, best, axis=1, mode="clip").reshape(a.shape[0], -1) for a in (x, ids))
-        known = True
+    if ids is None:
+        ids = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     best = _order(x, ids, k)
     return jnp.take_along_axis(x, best, axis=1, mode="clip"), jnp.take_along_axis(ids, best, axis=1, mode="clip")
 

@@ -135,10 +135,15 @@ def _normal(*shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(math.prod(shape)), shape, jnp.bfloat16)
 
 
+def random_weight(key: jax.Array, out: int, width: int) -> tuple[jax.Array, jax.Array]:
+    """Blocks [out, width] whose products with normal numbers are about normal."""
+    values, scales = jax.random.split(key)
+    scale = jax.random.uniform(scales, (out, width // BLOCK), jnp.float16, 0.5, 1.0) * (width**-0.5 / 64)
+    return jax.random.randint(values, (out, width), -127, 128, jnp.int8), scale
+
+
 def _weight(out: int, width: int) -> tuple[jax.Array, jax.Array]:
-    key = jax.random.key(out)
-    scales = jax.random.uniform(key, (out, width // BLOCK), jnp.float16, 0.5, 1.0) * (width**-0.5 / 64)
-    return jax.random.randint(key, (out, width), -127, 128, jnp.int8), scales
+    return random_weight(jax.random.key(out), out, width)
 
 
 def _matmul_inputs(m: int, out: int, width: int) -> tuple[Any, ...]:

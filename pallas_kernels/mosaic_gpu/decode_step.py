@@ -28,6 +28,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
@@ -58,7 +59,7 @@ HEAD_UNITS = 8  # of the head that are summed at a time
 SCALE = 16.0  # results are handed on as float16 of their value over this, or as float32
 LEVELS = 32512  # of an activation, so that neither byte of its integer overflows
 MAGIC = 1.5 * 2.0**23  # a small integer added to this float32 is added to its bits
-MAGIC_BITS = 0x4B400000
+MAGIC_BITS = int(np.float32(MAGIC).view(np.int32))
 SHARED_BYTES = 227 * 1024 - 1024
 _MASKED = -1e30
 _LOG2E = math.log2(math.e)
@@ -328,13 +329,12 @@ class _Kernel:
 
         t.loop(0, units, HEAD_UNITS, [count], part)
 
-    def _each(self, items: int, body: Callable[[Scalar, Scalar], None]) -> None:
-        """Run body(index, valid) for each item; threads beyond the last run nothing."""
+    def _each(self, items: int, body: Callable[[Scalar], None]) -> None:
+        """Run body(index) for each item; threads beyond the last run nothing."""
         for first in range(0, items, self.threads):
             index = self.thread + first
-            valid = index < items
-            with t.when(valid):
-                body(index, valid)
+            with t.when(index < items):
+                body(index)
 
     def _poll(self, pairs: Sequence[Scalar], tag: Scalar, singles: Sequence[Scalar] = ()) -> list[Scalar]:
         """The values of the two words at each address of `pairs`, and the one of `singles`, once all have the tag."""
@@ -520,13 +520,13 @@ class _Kernel:
             rounded = t.round_bf16(t.select(rotated, turned, value))
             with t.when(valid):
                 self._send(at + self.words.qkv, rounded, 1)
-                fits = self.position < (1 << 31 if m.ring else self.length)
-                with t.when(head >= m.n_heads), t.when(fits):
+                slot = self._slot(self.position)
+                with t.when(head >= m.n_heads), t.when(slot < self.length):
                     is_key = head < m.n_heads + m.n_kv_heads
                     cache = t.select(is_key, self.keys, self.values)
                     kv_head = head - t.select(is_key, t.constant(m.n_heads), m.n_heads + m.n_kv_heads)
-                    slot = (kv_head * self.length + self._slot(self.position)) * m.head_dim + within
-                    t.store_global_half(cache + slot.wide() * 2, rounded >> 16)
+                    element = (kv_head * self.length + slot) * m.head_dim + within
+                    t.store_global_half(cache + element.wide() * 2, rounded >> 16)
 
         return finish
 
@@ -643,7 +643,7 @@ class _Kernel:
                     t.store_shared(target + first * 4, output[2 * tile])
                     t.store_shared(target + second * 4, output[2 * tile + 1])
             t.synchronize(1, self.threads)
-            self._each(self.group * m.head_dim // 2, lambda index, _: self._combine(index, head, chunk))
+            self._each(self.group * m.head_dim // 2, lambda index: self._combine(index, head, chunk))
 
     def _columns(self, tile: int) -> tuple[Scalar, Scalar]:
         """The two dimensions of a head that this lane's two columns of an output tile are."""

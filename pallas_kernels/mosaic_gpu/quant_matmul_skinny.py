@@ -467,9 +467,8 @@ def _call(
         raise NotImplementedError(f"{m} rows; 1 to {MAX_ROWS}")
     if values.shape[0] % (TILE * work.joined) or width % (BLOCK * config.chunk) or values.size >= 2**31:
         raise NotImplementedError(f"weights {values.shape} in chunks of {config.chunk} blocks")
-    inputs = {"x": x, "values": values, "scales": scales, "norm": None, **extra}
-    if norm is not None:
-        inputs["norm"] = norm[0].astype(jnp.float32)
+    inputs = {"x": x, "values": values, "scales": scales, "norm": norm[0].astype(jnp.float32) if norm else None}
+    inputs |= extra
     given = {key: array for key, array in inputs.items() if array is not None}
     units = -(-work.count // (config.tiles // work.joined))
     rounds = -(-units // (config.warps // config.split))
