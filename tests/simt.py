@@ -188,9 +188,7 @@ class _Machine:
         size = 2 if match["bits"] == "16" else 4
         dtype = np.uint16 if size == 2 else np.uint32
         results = np.zeros((count, self.lanes), dtype)
-        for chosen, memory, offsets in self.spots(
-            operands[-1] + offset, mask, size * count, match["space"] == "shared"
-        ):
+        for chosen, memory, offsets in self.spots(operands[0] + offset, mask, size * count, match["space"] == "shared"):
             bytes_ = memory[offsets[:, None] + np.arange(size * count)]
             results[:, chosen] = np.ascontiguousarray(bytes_).view(dtype).T
         if size == 2:
@@ -215,9 +213,10 @@ class _Machine:
     def send(self, match: re.Match, operands: list[Any], mask: np.ndarray) -> None:
         self._store(operands[0], operands[2:], mask, True)
 
-    def map_to_first(self, match: re.Match, operands: list[Any], mask: np.ndarray) -> list[Any]:
+    def map_to_rank(self, match: re.Match, operands: list[Any], mask: np.ndarray) -> list[Any]:
         first = np.arange(self.lanes) // self.block // self.cluster * self.cluster
-        return [(operands[0] | ((first + 1) << SHARED_BITS)).astype(np.uint32)]
+        rank = operands[1] if len(operands) > 1 else 0
+        return [(operands[0] | ((first + rank + 1).astype(np.uint32) << SHARED_BITS)).astype(np.uint32)]
 
     def add_atomically(self, match: re.Match, operands: list[Any], mask: np.ndarray) -> list[Any]:
         old = np.zeros(self.lanes, np.uint32)
@@ -254,6 +253,13 @@ class _Machine:
             assert start[0] + size <= memory.size, "a copy from beyond the end of an array"
             assert to[0] % self.shared.shape[1] + size <= self.shared.shape[1], "a copy beyond shared memory"
             shared[to[0] : to[0] + size] = memory[start[0] : start[0] + size]
+
+    def copy_16(self, match: re.Match, operands: list[Any], mask: np.ndarray) -> None:
+        for chosen, memory, offsets in self.spots(operands[1], mask, 16, False):
+            only = np.zeros(self.lanes, bool)
+            only[chosen] = True
+            ((_, shared, to),) = self.spots(operands[0], only, 16, True)
+            shared[to[:, None] + np.arange(16)] = memory[offsets[:, None] + np.arange(16)]
 
     def multiply(self, match: re.Match, operands: list[Any], mask: np.ndarray) -> list[Any]:
         """mma.m16n8k16: https://docs.nvidia.com/cuda/parallel-thread-execution/#warp-level-matrix-fragment-mma-16816-float"""
@@ -347,7 +353,7 @@ _PTX: list[tuple[str, Callable[..., Any]]] = [
     (r"\bld\.[\w.]*?" + _ACCESS + r" [^\[]*\[\$\d+ \+ (?P<offset>\d+)\]", _Machine.load),
     (r"^st\.[\w.]*?" + _ACCESS + r" \[\$\d+ \+ (?P<offset>\d+)\]", _Machine.store),
     (r"^st\.async", _Machine.send),
-    (r"^mapa\..* 0;$", _Machine.map_to_first),
+    (r"^mapa\..* (0|\$2);$", _Machine.map_to_rank),
     (r"^atom\.acq_rel\.gpu\.global\.add\.u32 .* 1;$", _Machine.add_atomically),
     (r"^mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(?P<kind>f16|bf16)\.(f16|bf16)\.f32", _Machine.multiply),
     (r"^shfl\.sync\.(bfly\.b32 \$0, \$1, (?P<distance>\d+)|idx\.b32 \$0, \$1, \$2), 31, -1;$", _Machine.exchange),
@@ -369,6 +375,8 @@ _PTX: list[tuple[str, Callable[..., Any]]] = [
     (r"^rcp\.", _pure(lambda x: 1 / x)),
     (r"^ex2\.", _pure(np.exp2)),
     (r"^lg2\.", _pure(np.log2)),
+    (r"^cp\.async\.cg\.shared\.global[\w:.]* \[\$0\], \[\$1\], 16;$", _Machine.copy_16),
+    (r"^cp\.async\.mbarrier", lambda *_: None),
     (r"^(fence|bar\.sync|bar\.warp|barrier\.cluster|mbarrier|prefetch|nanosleep)|mbarrier\.try_wait", lambda *_: None),
     (r"^setmaxnreg", lambda *_: None),
 ]

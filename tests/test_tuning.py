@@ -47,8 +47,8 @@ def test_whoever_decides_is_asked_inside_the_block_alone():
 
 
 def test_every_device_s_entries_are_of_ops_and_fields_that_exist():
-    names = {"few_rows", "quant_matmul", "gate_up", "qkv_rope", "quant_matmul_large", "gate_up_large", "flash_decode",
-             "flash_attention", "decode_step"}  # fmt: skip
+    names = {"kernel", "quant_matmul", "gate_up", "qkv_rope", "quant_matmul_small", "gate_up_small", "qkv_rope_small",
+             "quant_matmul_large", "gate_up_large", "flash_decode", "flash_attention", "decode_step"}  # fmt: skip
     for file in tune.TUNED.glob("*.json"):
         assert set(tuning.entries(file.stem)) <= names
 
@@ -64,7 +64,15 @@ def test_the_tuner_learns_each_choice_and_its_space(rows):
             assert {type(config) for config in choice.space()} == {type(choice.heuristic)}
     expected = {
         1: {"qkv_rope", "quant_matmul", "gate_up", "flash_decode"},
-        16: {"few_rows", "quant_matmul_large", "gate_up_large", "flash_decode"},
+        16: {
+            "kernel",
+            "qkv_rope_small",
+            "quant_matmul_small",
+            "gate_up_small",
+            "quant_matmul_large",
+            "gate_up_large",
+            "flash_decode",
+        },
         512: {"quant_matmul_large", "gate_up_large"},
     }
     assert found == expected[rows]
@@ -75,9 +83,9 @@ def test_what_is_decided_is_not_asked_again_and_changes_what_follows():
     (problem,) = (p for p in tune.problems([16]) if p.name == "quant_matmul out Qwen2.5-0.5B M=16")
     inputs = jax.eval_shape(problem.inputs)
     first = tune._choices(problem, inputs, {})
-    assert [choice.op for choice in first] == ["few_rows", "quant_matmul_large"]
-    decided = {(first[0].op, first[0].key): Kernel(few=True)}
-    assert [choice.op for choice in tune._choices(problem, inputs, decided)] == ["quant_matmul"]
+    assert [choice.op for choice in first] == ["kernel", "quant_matmul_small"]
+    decided = {(first[0].op, first[0].key): Kernel("large")}
+    assert [choice.op for choice in tune._choices(problem, inputs, decided)] == ["quant_matmul_large"]
 
 
 def test_the_command_needs_a_gpu(monkeypatch, capsys):

@@ -371,7 +371,7 @@ class _Source:
         words: list[Scalar] = []
         for piece, count in pieces:
             own = start + (share * (self.size * count)).wide()
-            words += _stream(own, self.size * count // 4, extra + self.size * piece)
+            words += th.load_constant(own, self.size * count // 4, extra + self.size * piece, ".L1::no_allocate")
         return words
 
     def keys(self, first: Scalar) -> list[list[Scalar]]:
@@ -417,9 +417,9 @@ class _Source:
             for i in range(1 if pairs else 2):
                 address, extra = self._at(base, slot, tile + i, size)
                 if size == 4:
-                    result += _stream(address, 2 if pairs else 1, extra)
+                    result += th.load_constant(address, 2 if pairs else 1, extra, ".L1::no_allocate")
                 elif pairs:
-                    result += th.unpack_halves(_stream(address, 1, extra)[0])
+                    result += th.unpack_halves(th.load_constant(address, 1, extra, ".L1::no_allocate")[0])
                 else:
                     code = f"{{ .reg .b16 h; ld.global.nc.b16 h, [$1 + {extra}]; cvt.f32.f16 $0, h; }}"
                     result += th.ptx(code, address, results=[th.f32()])
@@ -738,14 +738,6 @@ def _from_quad(x: Scalar, quad: Scalar) -> Scalar:
     return th.ptx(code, x.bits(), quad * 4, results=[th.i32()], convergent=True)[0].float()
 
 
-def _stream(address: Scalar, words: int, offset: int) -> list[Scalar]:
-    """Words that no other block needs."""
-    names = ", ".join(f"${i}" for i in range(words))
-    vector, names = ("", names) if words == 1 else (f".v{words}", f"{{{names}}}")
-    code = f"ld.global.nc.L1::no_allocate{vector}.b32 {names}, [${words} + {offset}];"
-    return th.ptx(code, address, results=[th.i32()] * words)
-
-
 def _send(address: Scalar, barrier: Scalar, *words: Scalar) -> None:
     """Words to this place in the shared memory of the cluster's first block, whose barrier counts their bytes."""
     there = [th.ptx("mapa.shared::cluster.u32 $0, $1, 0;", x, results=[th.i32()])[0] for x in (address, barrier)]
@@ -762,7 +754,7 @@ def _transposed(rows: Sequence[Sequence[Scalar]], int8: bool) -> list[list[Scala
         if int8:
             for byte in (0, 2):
                 selectors = [0x0400 + 0x0101 * (byte + i) for i in range(2)]
-                operands.append([_bf16(th.permute_bytes(*pair, s)) for pair in pairs for s in selectors])
+                operands.append([th.int8_as_bf16(th.permute_bytes(*pair, s)) for pair in pairs for s in selectors])
         else:
             operands.append([th.permute_bytes(*pair, s) for pair in pairs for s in (0x5410, 0x7632)])
     return operands
@@ -770,16 +762,4 @@ def _transposed(rows: Sequence[Sequence[Scalar]], int8: bool) -> list[list[Scala
 
 def _spread(word: Scalar) -> list[Scalar]:
     """Four int8 of a word as two words of two bfloat16 each."""
-    return [_bf16(th.permute_bytes(word, word, selector)) for selector in (0x1100, 0x3322)]
-
-
-def _bf16(word: Scalar) -> Scalar:
-    """Two int8, in the low byte of each half, as bfloat16.
-
-    With 7 bits of mantissa, 0x4300 + i is 128 + i for i < 128, and 0x4380 is 256: take off 128, or 256 if negative.
-    """
-    code = (
-        "{ .reg .b32 low, sign; lop3.b32 low, $1, 0x007f007f, 0x43004300, 0xea; "
-        "lop3.b32 sign, $1, 0x00800080, 0x43004300, 0xea; sub.rn.bf16x2 $0, low, sign; }"
-    )
-    return th.ptx(code, word, results=[th.i32()])[0]
+    return [th.int8_as_bf16(th.permute_bytes(word, word, selector)) for selector in (0x1100, 0x3322)]

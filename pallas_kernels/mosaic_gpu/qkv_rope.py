@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu import quant_matmul_large as large
 from pallas_kernels.mosaic_gpu import quant_matmul_skinny as skinny
-from pallas_kernels.mosaic_gpu.quant_matmul import are_few
+from pallas_kernels.mosaic_gpu import quant_matmul_small as small
+from pallas_kernels.mosaic_gpu.quant_matmul import kernel_for
 from pallas_kernels.qkv_rope import split_heads, store
 from pallas_kernels.quant_matmul import Weight, blocks
 from pallas_kernels.rms_norm import rms_norm
@@ -28,11 +29,10 @@ def qkv_rope(
     eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `pallas_kernels.qkv_rope`, for bfloat16 x, weights in int8 blocks, and heads rotated whole."""
-    if not are_few(x, blocks(weight)[0]):
+    if kernel_for(x, blocks(weight)[0], normed=True) == "large":
         qkv = large.matmul(rms_norm(x, norm, eps), *blocks(weight), bias)
         return split_heads(qkv, cos, sin, n_heads, n_kv_heads)
-    rows, values, scales, cos, sin, config = _arguments(x, weight, cos, sin)
-    results = skinny.qkv_rope(rows, norm, values, scales, bias, cos, sin, n_heads, n_kv_heads, eps, config)
+    results = _of_rows(x, norm, weight, bias, cos, sin, n_heads, n_kv_heads, eps)
     q, k, v = (y.reshape(*x.shape[:2], n, -1) for y, n in zip(results, (n_heads, n_kv_heads, n_kv_heads), strict=True))
     return q, k, v
 
@@ -53,24 +53,35 @@ def qkv_rope_store(
     """As `pallas_kernels.qkv_rope_store`, for bfloat16 x, keys and values, weights in int8 blocks."""
     if keys.dtype != jnp.bfloat16 or values.dtype != jnp.bfloat16:
         raise NotImplementedError(f"a cache of {keys.dtype} and {values.dtype}, not bfloat16")
-    if not are_few(x, blocks(weight)[0]):
-        q, k, v = qkv_rope(x, norm, weight, bias, cos, sin, n_heads, keys.shape[1], eps)
+    n_kv_heads = keys.shape[1]
+    if kernel_for(x, blocks(weight)[0], normed=True) == "large":
+        q, k, v = qkv_rope(x, norm, weight, bias, cos, sin, n_heads, n_kv_heads, eps)
         return q, *store(k, v, keys, values, slots)
     if keys.size >= 2**31:
         raise NotImplementedError("a cache of 2^31 elements or more a layer")
-    rows, w, scales, cos, sin, config = _arguments(x, weight, cos, sin)
     cache = (keys, values, slots.astype(jnp.int32))
-    q, *stored = skinny.qkv_rope(
-        rows, norm, w, scales, bias, cos, sin, n_heads, keys.shape[1], eps, config, cache
-    )  # fmt: skip
+    q, *stored = _of_rows(x, norm, weight, bias, cos, sin, n_heads, n_kv_heads, eps, cache)
     return q.reshape(*x.shape[:2], n_heads, -1), stored[0], stored[1]
 
 
-def _arguments(
-    x: jax.Array, weight: Weight, cos: jax.Array, sin: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, skinny.Config]:
+def _of_rows(
+    x: jax.Array,
+    norm: jax.Array,
+    weight: Weight,
+    bias: jax.Array | None,
+    cos: jax.Array,
+    sin: jax.Array,
+    n_heads: int,
+    n_kv_heads: int,
+    eps: float,
+    cache: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """By the kernels that take all tokens as rows."""
     values, scales = blocks(weight)
     rows = x.reshape(-1, x.shape[-1])
     # Angles may be given once for all rows of a batch.
     cos, sin = (jnp.broadcast_to(a, (*x.shape[:2], a.shape[-1])).reshape(len(rows), -1) for a in (cos, sin))
-    return rows, values, scales, cos, sin, skinny.choose_config("qkv_rope", rows, values, joined=2)
+    arguments = rows, norm, values, scales, bias, cos, sin, n_heads, n_kv_heads, eps
+    if kernel_for(x, values, normed=True) == "small":
+        return small.qkv_rope(*arguments, cache)
+    return skinny.qkv_rope(*arguments, skinny.choose_config("qkv_rope", rows, values, joined=2), cache)

@@ -10,26 +10,31 @@ import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu import quant_matmul_large as large
 from pallas_kernels.mosaic_gpu import quant_matmul_skinny as skinny
+from pallas_kernels.mosaic_gpu import quant_matmul_small as small
 from pallas_kernels.quant_matmul import Weight, blocks
 from pallas_kernels.tuning import choose
 
-FEW = 8  # rows: half of a tensor core's operand in the one kernel, a quarter of the smallest tile in the other
+FEW = 8  # rows: half of a tensor core's operand
+SMALL = 300_000_000  # products, of all rows of x: with more, tensor cores at full rate win over short latencies
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Which kernel multiplies: the one for few rows, which reads weights straight into registers, or the other."""
+    """Which kernel multiplies: skinny (to 8 rows), small (all that a CTA needs at once) or large (wgmma, pipelined)."""
 
-    few: bool
+    name: str
 
 
-def are_few(x: jax.Array, values: jax.Array) -> bool:
-    """Whether the rows of x [..., in] are few enough for the kernels that read weights [out, in] into registers."""
+def kernel_for(x: jax.Array, values: jax.Array, normed: bool = False) -> str:
+    """The name of the kernel for rows x [..., in] times weights [out, in]; `normed`: it is to normalise them."""
     rows, (out, width) = math.prod(x.shape[:-1]), values.shape
-    if not FEW < rows <= skinny.MAX_ROWS:
-        return rows <= FEW
-    few = -(-rows // 8) * 8
-    return choose("few_rows", f"M={few} out={out} in={width}", Kernel(False), lambda: (Kernel(True), Kernel(False))).few
+    if rows <= FEW:
+        return "skinny"
+    if not any(small.search_space(rows, out, width, normed)):
+        return "large"
+    default = Kernel("small" if rows * out * width <= SMALL else "large")
+    key = f"M={-(-rows // 8) * 8} out={out} in={width}"
+    return choose("kernel", key, default, lambda: (Kernel("small"), Kernel("large"))).name
 
 
 def quant_matmul(
@@ -37,10 +42,15 @@ def quant_matmul(
 ) -> jax.Array:
     """As `pallas_kernels.quant_matmul`, for bfloat16 x and weights in int8 blocks."""
     values, scales = blocks(weight)
-    if not are_few(x, values):
+    kernel = kernel_for(x, values)
+    if kernel == "large":
         return large.matmul(x, values, scales, bias, residual, out_dtype)
     rows = x.reshape(-1, x.shape[-1])
-    config = skinny.choose_config("quant_matmul", rows, values, joined=1)
     added = None if residual is None else residual.reshape(len(rows), -1)
-    y = skinny.matmul(rows, values, scales, bias, added, jnp.dtype(out_dtype or x.dtype), config)
+    dtype = jnp.dtype(out_dtype or x.dtype)
+    if kernel == "small":
+        y = small.matmul(rows, values, scales, bias, added, dtype)
+    else:
+        config = skinny.choose_config("quant_matmul", rows, values, joined=1)
+        y = skinny.matmul(rows, values, scales, bias, added, dtype, config)
     return y.reshape(*x.shape[:-1], -1)

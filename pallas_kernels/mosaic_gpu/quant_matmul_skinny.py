@@ -1,4 +1,4 @@
-"""Products of a few rows with block-quantised weights, each of whose bytes is read once.
+"""Products of up to 8 rows with block-quantised weights, each of whose bytes is read once.
 
     y[m, o] = epilogue(sum_b scales[o, b] * sum_i x[m, 32 b + i] values[o, 32 b + i])
 
@@ -40,7 +40,7 @@ from pallas_kernels.tuning import choose
 
 TILE = 8  # rows of weights
 SMS = 132
-MAX_ROWS = 64
+MAX_ROWS = 8
 SHARED_BYTES = 220_000  # of a CTA
 
 
@@ -65,8 +65,8 @@ class Config:
     resident: int = 0
 
 
-def heuristic(rows: int, out: int, width: int, joined: int) -> Config:
-    """A configuration for rows of x times weights [out, width] whose tiles are joined in pairs (`joined` 2) or not (1).
+def heuristic(out: int, width: int, joined: int) -> Config:
+    """A configuration for weights [out, width] whose tiles are joined in pairs (`joined` 2) or not (1).
 
     Many tiles: each of 16 warps takes its own. Otherwise, where a row is long, 16 warps share a tile, so that they end
     together; and where it is short, 8 warps ask for all of their share at once.
@@ -80,7 +80,7 @@ def heuristic(rows: int, out: int, width: int, joined: int) -> Config:
         depth = max(1, min(24 // (chunk * joined), -(-chunks // split)))
         return Config(warps, split, joined, chunk, depth, resident=2 if tiles // joined > 2 * SMS else 0)
     split = 1 if alone else 16
-    in_flight = 16 if rows <= 8 else 8  # blocks and tiles, that the registers hold beside the sums
+    in_flight = 16  # blocks and tiles, that the registers hold beside the sums
     return Config(16, split, joined, chunk, max(1, min(in_flight // (chunk * joined), -(-chunks // split))), resident=1)
 
 
@@ -101,9 +101,8 @@ def search_space(out: int, width: int, joined: int) -> Iterable[Config]:
 def choose_config(op: str, rows: jax.Array, values: jax.Array, joined: int) -> Config:
     """The tuned or else the heuristic's configuration for rows [M, in] and weights [out, in]."""
     out, width = values.shape
-    few = -(-rows.shape[0] // 8) * 8
     space = functools.partial(search_space, out, width, joined)
-    return choose(op, f"M={few} out={out} in={width}", heuristic(few, out, width, joined), space)
+    return choose(op, f"M={rows.shape[0]} out={out} in={width}", heuristic(out, width, joined), space)
 
 
 def matmul(
@@ -537,14 +536,9 @@ class _Plan:
         return -(-self.chunks // (self.config.split * self.config.depth))
 
     @property
-    def parts(self) -> int:
-        """Groups of 8 rows of x: one, or an even number."""
-        return 1 if self.m <= 8 else 2 * -(-self.m // 16)
-
-    @property
     def block_bytes(self) -> int:
         """Of x in shared memory, for a block of columns."""
-        return 2 * BLOCK * (self.m if self.parts == 1 else 8 * self.parts)
+        return 2 * BLOCK * self.m
 
     @property
     def x_bytes(self) -> int:
@@ -558,7 +552,7 @@ class _Plan:
     def sums_bytes(self) -> int:
         if self.config.split == 1:
             return 0
-        return self.buffers * self.config.tiles * self.parts * self.config.warps * 32 * 8
+        return self.buffers * self.config.tiles * self.config.warps * 32 * 8
 
 
 class _Emitter:
@@ -587,29 +581,28 @@ class _Emitter:
     def run(self, cta: _Int) -> None:
         plan, config = self.plan, self.config
         buffers = [self.fetch(cta, 0, slot, None) for slot in range(config.depth)]
-        early = self.begin(cta) if plan.rounds == plan.ctas else None
+        finishes = self.begin(cta) if plan.rounds == plan.ctas else []
         self.stage()
         _barrier()
-        places = [self.x_smem + self.lane * 16 + part * 512 for part in range(plan.parts)]
-        if plan.parts == 1:  # rows that are not there repeat the last one: what they give is dropped
-            row = _select(self.row < plan.m - 1, self.row, plan.m - 1)
-            places = [self.x_smem + row * (2 * BLOCK) + self.quarter * 16]
+        # Rows that are not there repeat the last one: what they give is dropped.
+        row = _select(self.row < plan.m - 1, self.row, plan.m - 1)
+        place = self.x_smem + row * (2 * BLOCK) + self.quarter * 16
         if plan.rounds == plan.ctas:
-            self.round(cta, None, buffers, places, early)
+            self.round(cta, None, buffers, place, finishes)
             return
         count = (_Int(_i32(plan.rounds + plan.ctas - 1)) - cta) // plan.ctas
 
         @utils.fori(count.value, buffers)
         def _rounds(i: ir.Value, buffers: list[list[ir.Value]]) -> list[list[ir.Value]]:
             round_ = cta + _Int(i) * plan.ctas
-            return self.round(round_, _Int(i), buffers, places, self.begin(round_))
+            return self.round(round_, _Int(i), buffers, place, self.begin(round_))
 
     def stage(self) -> None:
         """Bring x to shared memory, normalised where asked, each lane's operands of a product in consecutive words.
 
-        To 8 rows: [block, row, quarter of a block, 4 words]. The lane of a row and a quarter multiplies by one word of
-        each pair of words, 0 or 1 and 2 or 3, at a time: its other products go to rows 8 to 15 and are dropped, or the
-        other way round. More rows: [block, 16 rows, half of a quarter, row of 8, quarter, 2 words, 2 times 8 rows].
+        [block, row, quarter of a block, 4 words]. The lane of a row and a quarter multiplies by one word of each pair
+        of words, 0 or 1 and 2 or 3, at a time: its other products go to rows 8 to 15 and are dropped, or the other way
+        round.
         """
         plan = self.plan
         vectors = plan.width // 8  # a row's, of 16 bytes
@@ -620,13 +613,7 @@ class _Emitter:
             for i in (0, 2):
                 for order in (0x5410, 0x7632):
                     swapped += _asm(f"prmt.b32 $0, $1, $2, {order:#x};", "r", words[i], words[i + 1])
-            if plan.parts == 1:
-                _store_shared((self.x_smem + block + row * (2 * BLOCK) + quarter).value, swapped)
-                return
-            place = row // 16 * 1024 + row % 8 * 64 + row % 16 // 8 * 4
-            for i, word in enumerate(swapped):
-                offset = i // 2 * 512 + i % 2 * 8
-                _asm(f"st.shared.b32 [$0+{offset}], $1;", "", (self.x_smem + block + place + quarter).value, word)
+            _store_shared((self.x_smem + block + row * (2 * BLOCK) + quarter).value, swapped)
 
         if "norm" not in self.pointers:
             threads = 32 * self.config.warps
@@ -728,21 +715,14 @@ class _Emitter:
         all_exist = plan.rounds * plan.groups * count == self.work.count
         return [(self.work.rows(first + i), None if all_exist else first + i < self.work.count) for i in range(count)]
 
-    def begin(self, round_: _Int) -> list[_Finish] | None:
-        """Ask for what the epilogue of a round needs, where that is little."""
-        if self.plan.parts > 1:
-            return None
-        owner = self.member.equals(0) if self.config.split > 1 else None
-        return self.epilogues(round_, 0, owner)
-
-    def epilogues(self, round_: _Int, part: int, where: _Where) -> list[_Finish]:
-        """The epilogue of each tile or pair for 8 rows of x, which keeps to what exists."""
-        m = self.row + part * 8
-        if part * 8 + 8 > self.plan.m:
-            where = _and(where, m < self.plan.m)
+    def begin(self, round_: _Int) -> list[_Finish]:
+        """Ask for what the epilogue of each tile or pair of a round needs; it keeps to what exists."""
+        where = self.member.equals(0) if self.config.split > 1 else None
+        if self.plan.m < MAX_ROWS:
+            where = _and(where, self.row < self.plan.m)
 
         def guarded(rows: list[_Int], where: _Where) -> _Finish:
-            finish = self.work.epilogue(m, self.quarter * 2, rows, self.pointers, where)
+            finish = self.work.epilogue(self.row, self.quarter * 2, rows, self.pointers, where)
             return lambda sums: _only(where, functools.partial(finish, sums))
 
         return [guarded(rows, _and(where, exists)) for rows, exists in self.tiles(round_)]
@@ -752,21 +732,19 @@ class _Emitter:
         base = step * self.config.depth + slot  # int or _Int
         return self.member + base * self.config.split
 
-    def multiply(
-        self, chunk: _Int, fetched: list[ir.Value], sums: list[ir.Value], places: list[_Int]
-    ) -> list[ir.Value]:
-        """Add a chunk's products to sums [tile, part of x, 2], flat."""
+    def multiply(self, chunk: _Int, fetched: list[ir.Value], sums: list[ir.Value], place: _Int) -> list[ir.Value]:
+        """Add a chunk's products to sums [tile, 2], flat."""
         plan, config = self.plan, self.config
-        tiles, parts = config.tiles, plan.parts
+        tiles = config.tiles
         per_tile = len(fetched) // tiles
         per_row = (per_tile - 2 * config.chunk) // 2
         start = chunk * (config.chunk * plan.block_bytes)
-        addresses = [(place + start).value for place in places]
+        address = (place + start).value
         sums = list(sums)
         zeros = [_f32(0.0)] * 4
         for block in range(config.chunk):
             offset = block * plan.block_bytes
-            xs = [_load(address, 4, offset=offset, kind="shared") for address in addresses]
+            x = _load(address, 4, offset=offset, kind="shared")
             for tile in range(tiles):
                 own = fetched[tile * per_tile : (tile + 1) * per_tile]
                 w = [*_unpack(own[2 * block], self.base), *_unpack(own[2 * block + 1], self.base)]
@@ -775,18 +753,10 @@ class _Emitter:
                     words = own[2 * config.chunk + column * per_row :][:per_row]
                     word, half = (block, 0) if self.scale_blocks == 1 else (block // 2, block % 2)
                     scales.append(_scale(words[word], half))
-
-                products: list[tuple[int, list[ir.Value]]] = []  # part of x, two sums
-                if parts == 1:
-                    products.append((0, _multiply_tile(xs[0], [w[0], w[2]], zeros)[:2]))
-                    products.append((0, _multiply_tile(xs[0], [w[1], w[3]], zeros)[2:]))
-                for part in range(0, parts - 1, 2):
-                    product = _multiply_tile(xs[part], w[:2], zeros)
-                    product = _multiply_tile(xs[part + 1], w[2:], product)
-                    products += [(part, product[:2]), (part + 1, product[2:])]
-                for part, product in products:
+                upper, lower = (_multiply_tile(x, [w[i], w[i + 2]], zeros)[2 * i : 2 * i + 2] for i in range(2))
+                for product in (upper, lower):
                     for column in range(2):
-                        at = (tile * parts + part) * 2 + column
+                        at = 2 * tile + column
                         sums[at] = _fma(product[column], scales[column], sums[at])
         return sums
 
@@ -795,12 +765,12 @@ class _Emitter:
         round_: _Int,
         turn: _Int | None,
         buffers: list[list[ir.Value]],
-        places: list[_Int],
-        early: list[_Finish] | None,
+        place: _Int,
+        finishes: list[_Finish],
     ) -> list[list[ir.Value]]:
         """Do a unit of work, whose first chunks are in `buffers`; give back the next unit's."""
         plan, config = self.plan, self.config
-        sums = [_f32(0.0)] * (config.tiles * plan.parts * 2)
+        sums = [_f32(0.0)] * (config.tiles * 2)
         whole = plan.chunks % (config.split * config.depth) == 0
 
         def turn_of(step: _Int | None, buffers: list[list[ir.Value]], sums: list[ir.Value]) -> Any:
@@ -808,7 +778,7 @@ class _Emitter:
             buffers = list(buffers)
             for slot in range(config.depth):
                 chunk = self.chunk(0 if step is None else step, slot)
-                sums = self.multiply_if(None if whole else chunk < plan.chunks, chunk, buffers[slot], sums, places)
+                sums = self.multiply_if(None if whole else chunk < plan.chunks, chunk, buffers[slot], sums, place)
                 if step is None and turn is None:
                     continue
                 next_round, next_step = round_ + plan.ctas, _Int(_i32(0))
@@ -830,61 +800,54 @@ class _Emitter:
                 return turn_of(_Int(step), *carry)
 
             buffers, sums = loop.results
-        self.finish(round_, turn, sums, early)
+        self.finish(turn, sums, finishes)
         return buffers
 
     def multiply_if(
-        self, where: _Where, chunk: _Int, fetched: list[ir.Value], sums: list[ir.Value], places: list[_Int]
+        self, where: _Where, chunk: _Int, fetched: list[ir.Value], sums: list[ir.Value], place: _Int
     ) -> list[ir.Value]:
         """`multiply` under a condition, if there is one."""
         if where is None:
-            return self.multiply(chunk, fetched, sums, places)
+            return self.multiply(chunk, fetched, sums, place)
         conditional: Any = scf.IfOp
         branch = conditional(where, [s.type for s in sums], has_else=True)
         with ir.InsertionPoint(branch.then_block):
-            scf.yield_(self.multiply(chunk, fetched, sums, places))
+            scf.yield_(self.multiply(chunk, fetched, sums, place))
         with ir.InsertionPoint(branch.else_block):
             scf.yield_(sums)
         return list(branch.results)
 
-    def finish(self, round_: _Int, turn: _Int | None, sums: list[ir.Value], early: list[_Finish] | None) -> None:
+    def finish(self, turn: _Int | None, sums: list[ir.Value], finishes: list[_Finish]) -> None:
         """Add the group's sums and hand them to the epilogues."""
         plan, config, joined = self.plan, self.config, self.work.joined
         size = 32 * 8  # bytes, of a warp's pairs
+        pairs = [(sums[i], sums[i + 1]) for i in range(0, len(sums), 2)]
 
-        def done(part: int, pairs: list[_Pair]) -> None:
-            for i, epilogue in enumerate(early or self.epilogues(round_, part, None)):
+        def done(pairs: list[_Pair]) -> None:
+            for i, epilogue in enumerate(finishes):
                 epilogue(pairs[i * joined : (i + 1) * joined])
 
-        def pair(tile: int, part: int) -> _Pair:
-            at = (tile * plan.parts + part) * 2
-            return sums[at], sums[at + 1]
-
         if config.split == 1:
-            for part in range(plan.parts):
-                done(part, [pair(tile, part) for tile in range(config.tiles)])
+            done(pairs)
             return
         base = self.sums_smem + self.lane * 8
         if turn is not None:
             base = base + turn % 2 * (plan.sums_bytes // 2)
         mine = base + self.warp * size
-        for tile in range(config.tiles):
-            for part in range(plan.parts):
-                offset = (tile * plan.parts + part) * config.warps * size
-                _store_shared(mine.value, [_as_word(s) for s in pair(tile, part)], offset)
+        for tile, pair in enumerate(pairs):
+            _store_shared(mine.value, [_as_word(s) for s in pair], tile * config.warps * size)
         _barrier()
         base = base + self.group * (config.split * size)
 
-        def collect(part: int) -> None:
-            pairs = []
+        def collect() -> None:
+            totals = []
             for tile in range(config.tiles):
-                offset = (tile * plan.parts + part) * config.warps * size
+                offset = tile * config.warps * size
                 loads = [_load(base.value, 2, offset + k * size, "shared") for k in range(config.split)]
                 total = (_f32(0.0), _f32(0.0))
                 for first, second in loads:
                     total = _add(total, (_as_float(first), _as_float(second)))
-                pairs.append(total)
-            done(part, pairs)
+                totals.append(total)
+            done(totals)
 
-        for part in range(plan.parts):
-            _only(self.member.equals(part % config.split), functools.partial(collect, part))
+        _only(self.member.equals(0), collect)

@@ -9,18 +9,24 @@ import jax
 
 from pallas_kernels.mosaic_gpu import quant_matmul_large as large
 from pallas_kernels.mosaic_gpu import quant_matmul_skinny as skinny
-from pallas_kernels.mosaic_gpu.quant_matmul import are_few, quant_matmul
+from pallas_kernels.mosaic_gpu import quant_matmul_small as small
+from pallas_kernels.mosaic_gpu.quant_matmul import kernel_for, quant_matmul
 from pallas_kernels.quant_matmul import Weight, blocks
 from pallas_kernels.rms_norm import rms_norm
 
 
 def swiglu(x: jax.Array, norm: jax.Array, gate_up: Weight, down: Weight, eps: float) -> jax.Array:
     """As `pallas_kernels.swiglu`, for bfloat16 x and weights in int8 blocks."""
-    gate_values, gate_scales = blocks(gate_up)
-    if are_few(x, gate_values):
-        rows = x.reshape(-1, x.shape[-1])
-        config = skinny.choose_config("gate_up", rows, gate_values, joined=2)
-        active = skinny.gate_up(rows, norm, gate_values, gate_scales, eps, config).reshape(*x.shape[:-1], -1)
+    values, scales = blocks(gate_up)
+    kernel = kernel_for(x, values, normed=True)
+    if kernel == "large":
+        active = large.gate_up(rms_norm(x, norm, eps), values, scales)
     else:
-        active = large.gate_up(rms_norm(x, norm, eps), gate_values, gate_scales)
+        rows = x.reshape(-1, x.shape[-1])
+        if kernel == "small":
+            active = small.gate_up(rows, norm, values, scales, eps)
+        else:
+            config = skinny.choose_config("gate_up", rows, values, joined=2)
+            active = skinny.gate_up(rows, norm, values, scales, eps, config)
+        active = active.reshape(*x.shape[:-1], -1)
     return quant_matmul(active, down, None, x, None)

@@ -231,6 +231,12 @@ def load_shared(address: Scalar, words: int = 1, offset: int = 0) -> list[Scalar
     return ptx(f"ld.shared{vector}.b32 {names}, [${words} + {offset}];", address, results=[i32()] * words)
 
 
+def load_shared_half(address: Scalar, offset: int = 0) -> Scalar:
+    """A float16 as float32."""
+    code = f"{{ .reg .b16 h; ld.shared.b16 h, [$1 + {offset}]; cvt.f32.f16 $0, h; }}"
+    return ptx(code, address, results=[f32()])[0]
+
+
 def store_shared(address: Scalar, *words: Scalar, offset: int = 0) -> None:
     vector, names = _vector(len(words))
     words = tuple(w.bits() if w._is_float() else w for w in words)
@@ -241,6 +247,12 @@ def load_global(address: Scalar, words: int = 1, offset: int = 0, how: str = "")
     """`how` is a PTX qualifier, e.g. ".relaxed.gpu"."""
     vector, names = _vector(words)
     return ptx(f"ld{how}.global{vector}.b32 {names}, [${words} + {offset}];", address, results=[i32()] * words)
+
+
+def load_constant(address: Scalar, words: int = 1, offset: int = 0, how: str = "") -> list[Scalar]:
+    """Global memory that nobody writes meanwhile. `how` is e.g. ".L1::no_allocate"."""
+    vector, names = _vector(words)
+    return ptx(f"ld.global.nc{how}{vector}.b32 {names}, [${words} + {offset}];", address, results=[i32()] * words)
 
 
 def store_global(address: Scalar, *words: Scalar, offset: int = 0, how: str = "") -> None:
@@ -306,6 +318,16 @@ def copy_to_shared(target: Scalar, source: Scalar, bytes_: Scalar, barrier: Scal
     )
 
 
+def start_copy(target: Scalar, source: Scalar) -> None:
+    """Start copying 16 bytes from global to shared memory."""
+    ptx("cp.async.cg.shared.global.L2::128B [$0], [$1], 16;", target, source)
+
+
+def arrive_after_copies(address: Scalar) -> None:
+    """Arrive at a barrier, which counts each thread, when the copies that this thread has started are done."""
+    ptx("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", address)
+
+
 # Arithmetic.
 
 
@@ -322,6 +344,23 @@ def unpack_halves(word: Scalar) -> list[Scalar]:
     """The low and the high float16 of a word as float32."""
     code = "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }"
     return ptx(code, word, results=[f32()] * 2)
+
+
+def unpack_bf16(word: Scalar) -> list[Scalar]:
+    """The low and the high bfloat16 of a word as float32."""
+    return [(word << 16).float(), (word & -0x10000).float()]
+
+
+def int8_as_bf16(word: Scalar) -> Scalar:
+    """Two int8, in the low byte of each half, as bfloat16, exactly.
+
+    With 7 bits of mantissa, 0x4300 + i is 128 + i for i < 128, and 0x4380 is 256: take off 128, or 256 if negative.
+    """
+    code = (
+        "{ .reg .b32 low, sign; lop3.b32 low, $1, 0x007f007f, 0x43004300, 0xea; "
+        "lop3.b32 sign, $1, 0x00800080, 0x43004300, 0xea; sub.rn.bf16x2 $0, low, sign; }"
+    )
+    return ptx(code, word, results=[i32()])[0]
 
 
 def fma(a: Scalar, b: Scalar, c: Scalar) -> Scalar:

@@ -1,0 +1,726 @@
+"""Products of up to some hundred rows with block-quantised weights, for Hopper.
+
+    y[m, o] = epilogue(sum_b scales[o, b] * sum_i x[m, 32 b + i] values[o, 32 b + i])
+
+x may be normalised on the way in (RMSNorm); the epilogue adds a bias and a residual, or joins pairs of rows of the
+weights: silu(gate) * up, or a rotary position embedding.
+
+All that a CTA needs, `rows` rows of x and its share of the weights, is asked for when it starts, and waits in shared
+memory. Its share is `units` units for each of its groups of warps, of `tiles` tiles of 16 rows of weights each. The
+`split` warps of a group share the sum over the input, as do the CTAs of a cluster, of which each has a part of the
+columns; partial sums are added through shared memory, a cluster's through distributed shared memory, always in the same
+order.
+
+Products are computed on the tensor cores, m16n8k16: a tile of weights, which is two times 8 neighbouring rows, is the
+16-row operand, 8 rows of x the narrow one. Of int8 v, bfloat16 bit patterns are made by two logical operations and a
+subtraction a pair: 128 + (v & 127) less 128, or 256 where v is negative. That is exact, and so are the products; the
+scale multiplies the float32 sum of a block.
+
+Such a kernel runs for some 5000 cycles, and reads its code at some 20 bytes a cycle: it is short rather than unrolled.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic_gpu import processors
+from pallas_kernels.mosaic_gpu import threads as t
+from pallas_kernels.mosaic_gpu.threads import Scalar
+from pallas_kernels.quant_matmul import BLOCK
+from pallas_kernels.tuning import choose
+
+EIGHT = 8  # rows of weights or of x
+SHARED_BYTES = 231_000  # of a CTA
+
+Pair = tuple[Scalar, Scalar]
+Finish = Callable[[Sequence[Pair], Scalar], None]
+Pointers = dict[str, Scalar]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the work is laid out; see the module's docstring.
+
+    Attributes:
+      rows: of x that a CTA takes, a multiple of 8.
+      warps: of a CTA, a multiple of 4.
+      split: warps of a group; divides `warps`.
+      tiles: of 16 rows of weights, in a unit.
+      units: that each group of a CTA does.
+      cluster: CTAs that share the columns; divides the blocks of a row.
+    """
+
+    rows: int
+    warps: int
+    split: int
+    tiles: int
+    units: int
+    cluster: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Static numbers of a kernel for x [m, width] times weights [16 count, width]."""
+
+    m: int
+    width: int
+    count: int
+    config: Config
+
+    @property
+    def blocks(self) -> int:
+        return self.width // BLOCK
+
+    @property
+    def own_blocks(self) -> int:
+        """Blocks of a row that a CTA sees to."""
+        return self.blocks // self.config.cluster
+
+    @property
+    def parts(self) -> int:
+        """Groups of 8 rows of x."""
+        return self.config.rows // 8
+
+    @property
+    def row_groups(self) -> int:
+        return -(-self.m // self.config.rows)
+
+    @property
+    def items(self) -> int:
+        """Of a unit's results, what a warp finishes at once: those of a tile and 8 rows of x."""
+        return self.config.tiles * self.parts
+
+    @property
+    def groups(self) -> int:
+        return self.config.warps // self.config.split
+
+    @property
+    def ctas(self) -> int:
+        """CTAs or clusters for a group of rows of x."""
+        return -(-self.count // (self.config.units * self.groups * self.config.tiles))
+
+    # Shared memory, in bytes. Rows are padded so that the lanes of a warp hit different banks.
+
+    @property
+    def x_stride(self) -> int:
+        return -(-self.own_blocks * 2 * BLOCK // 128) * 128 + 64
+
+    @property
+    def values_stride(self) -> int:
+        return -(-self.own_blocks * BLOCK // 128) * 128 + 32
+
+    @property
+    def tile_bytes(self) -> int:
+        """A tile's values and, of whole rows, scales."""
+        return 2 * EIGHT * self.values_stride + 4 * EIGHT * self.blocks
+
+    @property
+    def x_bytes(self) -> int:
+        return self.config.rows * self.x_stride
+
+    @property
+    def unit_bytes(self) -> int:
+        """Of the weights of all groups' units of a turn."""
+        return self.groups * self.config.tiles * self.tile_bytes
+
+    @property
+    def sums_bytes(self) -> int:
+        """Of all warps' partial sums for a unit."""
+        return self.items * self.config.warps * 512
+
+    @property
+    def gathered(self) -> int:
+        """A unit's items that a CTA finishes for its cluster."""
+        return -(-self.items // self.config.cluster)
+
+    @property
+    def gathered_bytes(self) -> int:
+        config = self.config
+        if config.cluster == 1:
+            return 0
+        return config.units * self.groups * self.gathered * config.cluster * 512
+
+    @property
+    def buffers(self) -> int:
+        """Of partial sums: two where there is room, so that a unit need not wait for the end of the one before."""
+        once = self.config.units == 1 or self._bytes_with(2) > SHARED_BYTES
+        return 1 if once else 2
+
+    @property
+    def shared_bytes(self) -> int:
+        return self._bytes_with(self.buffers)
+
+    def _bytes_with(self, buffers: int) -> int:
+        weights = self.config.units * self.unit_bytes
+        return self.x_bytes + weights + buffers * self.sums_bytes + self.gathered_bytes + 8 * (1 + self.config.units)
+
+    def valid(self) -> bool:
+        """Whether a thread's registers and a CTA's shared memory suffice, and the work can be cut up so."""
+        config = self.config
+        limit = min(255, 65536 // (32 * config.warps))
+        return (
+            config.warps % 4 == 0 and config.warps % config.split == 0
+            and self.blocks % config.cluster == 0 and config.split <= self.own_blocks
+            and 4 * self.items + 4 * self.parts + 60 <= limit and self.shared_bytes <= SHARED_BYTES
+        )  # fmt: skip
+
+
+def heuristic(m: int, out: int, width: int, normed: bool) -> Config:
+    """A configuration for m rows of x, to be normalised or not, times weights [out, width].
+
+    The least time by a rough model of an H100: the rounds of CTAs that it takes, and for each the bytes that it waits
+    for, the instructions of its warps, and its traffic with shared memory.
+
+    Raises:
+      NotImplementedError: if there is none.
+    """
+
+    def cycles(config: Config) -> float:
+        plan = Plan(m, width, out // (2 * EIGHT), config)
+        ctas = plan.ctas * plan.row_groups * config.cluster
+        together = max(1, min(SHARED_BYTES // plan.shared_bytes, 2048 // (32 * config.warps)))
+        rounds = -(-ctas // (processors() * together))
+        waves = ctas / processors() if rounds == 1 else rounds * together
+        blocks = config.units * plan.groups * plan.own_blocks
+        instructions = blocks * (plan.parts + 6 + config.tiles * (40 + 6 * plan.parts)) / 4
+        shared = 4 * blocks * plan.parts + 4 * config.units * plan.sums_bytes / 256
+        loading = (plan.x_bytes + config.units * plan.unit_bytes) / 40
+        norm = 170 * config.rows / 4 * plan.own_blocks / 28 if normed else 0
+        return max(1.0, waves) * (max(instructions, shared) + loading + norm) + 1500 * (rounds + (config.cluster > 1))
+
+    space = list(search_space(m, out, width, normed))
+    if not space:
+        raise NotImplementedError(f"{m} rows times weights [{out}, {width}]: more than shared memory holds")
+    return min(space, key=cycles)
+
+
+def search_space(m: int, out: int, width: int, normed: bool) -> Iterable[Config]:
+    """Configurations worth measuring, which give most multiprocessors something to do where there is enough."""
+    least = -(-m // 8) * 8
+    for rows, warps, tiles, cluster, units in itertools.product(
+        (8, 16, 24, 32, 48, 64), (4, 8, 16), (1, 2), (1,) if normed else (1, 2, 4, 8), (1, 2, 3, 4, 5, 6, 8, 10, 12)
+    ):
+        if rows > least or -(-least // rows) > 4:
+            continue
+        for split in (warps, warps // 2, warps // 4):
+            config = Config(rows, warps, split, tiles, units, cluster)
+            plan = Plan(m, width, out // (2 * EIGHT), config)
+            ctas = plan.ctas * plan.row_groups * cluster
+            if plan.valid() and ctas <= 4 * processors() and (units == 1 or ctas >= processors() // 3):
+                yield config
+
+
+# The three products
+
+
+def matmul(
+    x: jax.Array,
+    values: jax.Array,
+    scales: jax.Array,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
+    out_dtype: jnp.dtype,
+    config: Config | None = None,
+) -> jax.Array:
+    """x [M, in] bf16 times int8 blocks [out, in] plus bias [out] and residual [M, out] -> [M, out]."""
+    out = values.shape[0]
+
+    def rows(tile: Scalar) -> tuple[Scalar, Scalar]:
+        return tile * (2 * EIGHT), tile * (2 * EIGHT) + EIGHT
+
+    def epilogue(pointers: Pointers, m: Scalar, tile: Scalar, column: Scalar) -> Finish:
+        columns = [row + column for row in rows(tile)]
+        added: list[list[Pair]] = [[], []]
+        for own, column in zip(added, columns, strict=True):
+            if bias is not None:
+                own.append(_load_pair(pointers["bias"], column, bias.dtype))
+            if residual is not None:
+                own.append(_load_pair(pointers["residual"], m * out + column, residual.dtype))
+
+        def finish(sums: Sequence[Pair], exists: Scalar) -> None:
+            with t.when(exists):
+                for column, pair, own in zip(columns, sums, added, strict=True):
+                    _store_pair(pointers["out"], m * out + column, out_dtype, functools.reduce(_add, own, pair))
+
+        return finish
+
+    work = Work(rows, epilogue)
+    (y,) = _call(
+        "quant_matmul", x, values, scales, None, {"bias": bias, "residual": residual}, {"out": (out, out_dtype)},
+        work, config,
+    )  # fmt: skip
+    return y
+
+
+def gate_up(
+    x: jax.Array,
+    norm: jax.Array,
+    values: jax.Array,
+    scales: jax.Array,
+    eps: float,
+    config: Config | None = None,
+) -> jax.Array:
+    """silu(h Wg^T) * (h Wu^T), h = rms_norm(x): x [M, in] bf16, int8 blocks [2F, in] of Wg, then Wu -> [M, F] bf16."""
+    width = values.shape[0] // 2
+
+    def rows(tile: Scalar) -> tuple[Scalar, Scalar]:
+        return tile * EIGHT, tile * EIGHT + width
+
+    def epilogue(pointers: Pointers, m: Scalar, tile: Scalar, column: Scalar) -> Finish:
+        def finish(sums: Sequence[Pair], exists: Scalar) -> None:
+            gates, ups = sums
+            first, second = (
+                g * u * t.reciprocal(t.exp2(g * -math.log2(math.e)) + 1.0) for g, u in zip(gates, ups, strict=True)
+            )
+            with t.when(exists):
+                _store_pair(pointers["out"], m * width + tile * EIGHT + column, x.dtype, (first, second))
+
+        return finish
+
+    work = Work(rows, epilogue)
+    (y,) = _call("gate_up", x, values, scales, (norm, eps), {}, {"out": (width, x.dtype)}, work, config)
+    return y
+
+
+def qkv_rope(
+    x: jax.Array,
+    norm: jax.Array,
+    values: jax.Array,
+    scales: jax.Array,
+    bias: jax.Array | None,
+    cos: jax.Array,
+    sin: jax.Array,
+    n_heads: int,
+    n_kv_heads: int,
+    eps: float,
+    store: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    config: Config | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As the op, for x [M, D] bf16 and cos and sin [M, H / 2] -> q [M, N H], k and v [M, K H] bf16.
+
+    With `store`, keys and values [B, K, S, H] bf16 and slots int32 [B, T], M = B T: k and v are written to the slots
+    (to none where the slot is not below S), and keys and values as they are then take the place of k and v; in the
+    same memory where XLA can tell that nobody needs the old ones.
+    """
+    heads = n_heads + 2 * n_kv_heads
+    width = values.shape[0] // heads
+    half = width // 2
+    tiles = half // EIGHT  # of a head
+    if cos.shape[-1] != half or width % (2 * EIGHT):
+        raise NotImplementedError(f"heads of {width} of which {2 * cos.shape[-1]} are rotated")
+
+    def rows(tile: Scalar) -> tuple[Scalar, Scalar]:
+        first = tile // tiles * width + tile % tiles * EIGHT
+        return first, first + half
+
+    def epilogue(pointers: Pointers, m: Scalar, tile: Scalar, column: Scalar) -> Finish:
+        head, column = tile // tiles, tile % tiles * EIGHT + column
+        is_query, is_rotated = head < n_heads, head < n_heads + n_kv_heads
+        at = head * width + column
+        biases = [] if bias is None else [_load_pair(pointers["bias"], at + d, bias.dtype) for d in (0, half)]
+        cosines, sines = (_load_pair(pointers[name], m * half + column, jnp.float32) for name in ("cos", "sin"))
+        slot = t.load_global(pointers["slots"] + (m * 4).wide())[0] if store is not None else None
+
+        def finish(sums: Sequence[Pair], exists: Scalar) -> None:
+            if biases:
+                sums = [_add(s, b) for s, b in zip(sums, biases, strict=True)]
+            turned: list[list[Scalar]] = [[], []]
+            for a, b, cosine, sine in zip(*sums, cosines, sines, strict=True):
+                c, s = t.select(is_rotated, cosine, 1.0), t.select(is_rotated, sine, 0.0)
+                turned[0].append(t.fma(a, c, b * s * -1.0))
+                turned[1].append(t.fma(b, c, a * s))
+            own = head - t.select(
+                is_query, t.constant(0), t.select(is_rotated, t.constant(n_heads), n_heads + n_kv_heads)
+            )
+            place = m * (n_kv_heads * width) + own * width
+            if slot is not None and store is not None:
+                place = ((m // store[2].shape[1] * n_kv_heads + own) * store[0].shape[2] + slot) * width
+                exists = exists & (is_query | (slot < store[0].shape[2]))
+            place = t.select(is_query, m * (n_heads * width) + own * width, place) + column
+            target = t.select(is_query, pointers["q"], t.select(is_rotated, pointers["k"], pointers["v"]))
+            with t.when(exists):
+                for d, pair in zip((0, half), turned, strict=True):
+                    _store_pair(target, place + d, x.dtype, (pair[0], pair[1]))
+
+        return finish
+
+    inputs: dict[str, Any] = {"bias": bias, "cos": cos.astype(jnp.float32), "sin": sin.astype(jnp.float32)}
+    outs = {"q": (n_heads * width, x.dtype)}
+    work = Work(rows, epilogue)
+    if store is None:
+        outs |= {"k": (n_kv_heads * width, x.dtype), "v": (n_kv_heads * width, x.dtype)}
+        q, k, v = _call("qkv_rope", x, values, scales, (norm, eps), inputs, outs, work, config)
+        return q, k, v
+    keys, stored_values = (jax.new_ref(array) for array in store[:2])
+    inputs |= {"k": keys, "v": stored_values, "slots": store[2]}
+    (q,) = _call("qkv_rope_store", x, values, scales, (norm, eps), inputs, outs, work, config)
+    return q, keys[...], stored_values[...]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a product is made of: tiles of two times 8 rows of weights, and what becomes of their sums.
+
+    Attributes:
+      rows: number of a tile -> the first of each 8 rows.
+      epilogue: (pointers, row of x, tile, even column in 8) -> function of each 8 rows' sums, of this column and the
+        next one, and of whether the row and the tile exist, that stores the results. Called before the sums are known,
+        it asks for what it will need.
+    """
+
+    rows: Callable[[Scalar], tuple[Scalar, Scalar]]
+    epilogue: Callable[[Pointers, Scalar, Scalar, Scalar], Finish]
+
+
+def _call(
+    op: str,
+    x: jax.Array,
+    values: jax.Array,
+    scales: jax.Array,
+    norm: tuple[jax.Array, float] | None,
+    extra: dict[str, Any],
+    outs: dict[str, tuple[int, Any]],
+    work: Work,
+    config: Config | None,
+) -> Sequence[jax.Array]:
+    """Build and run the kernel.
+
+    Args:
+      norm: scale [in] and epsilon of an RMSNorm of x.
+      extra: more arrays or references for the epilogue, by name; None if there is none.
+      outs: the results' width and dtype, by name.
+      config: for measurements; otherwise the device's tuned one, or else the heuristic's.
+    """
+    m, width = x.shape
+    out = values.shape[0]
+    if x.dtype != jnp.bfloat16 or values.dtype != jnp.int8 or scales.dtype != jnp.float16:
+        raise NotImplementedError(f"rows of {x.dtype}, weights of {values.dtype} and scales of {scales.dtype}")
+    if m == 0 or out % (2 * EIGHT) or width % BLOCK or values.size >= 2**31:
+        raise NotImplementedError(f"{m} rows and weights {values.shape}")
+    if config is None:
+        settings = m, out, width, norm is not None
+        rows = -(-m // 8) * 8
+        config = choose(f"{op.removesuffix('_store')}_small", f"M={rows} out={out} in={width}", heuristic(*settings),
+                        functools.partial(search_space, *settings))  # fmt: skip
+    plan = Plan(m, width, out // (2 * EIGHT), config)
+    if not plan.valid() or (norm is not None and config.cluster > 1):
+        raise NotImplementedError(f"{m} rows and weights {values.shape} with {config}")
+    inputs = {"x": x, "values": values, "scales": scales, "norm": norm[0].astype(jnp.float32) if norm else None}
+    inputs = {name: array for name, array in (inputs | extra).items() if array is not None}
+    results = {name: jax.ShapeDtypeStruct((m, columns), dtype) for name, (columns, dtype) in outs.items()}
+    kernel = _Kernel(plan, work, [*inputs, *results], norm[1] if norm else None)
+    return _launch(op, kernel, list(inputs.values()), list(results.values()))
+
+
+def _launch(
+    name: str, kernel: _Kernel, operands: Sequence[Any], results: Sequence[jax.ShapeDtypeStruct]
+) -> Sequence[jax.Array]:
+    plan = kernel.plan
+
+    def body(*refs: Any) -> None:
+        inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        inline(lambda _, *inner: kernel.emit(*inner))(*refs)
+
+    return plgpu.kernel(
+        body,
+        out_type=list(results),
+        scratch_types=[plgpu.SMEM((plan.shared_bytes // 4,), jnp.int32)],
+        grid=(plan.ctas * plan.row_groups,),
+        grid_names=("cta",),
+        cluster=(plan.config.cluster,),
+        cluster_names=("rank",),
+        num_threads=plan.config.warps // 4,
+        thread_name="warpgroup",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+    )(*operands)
+
+
+class _Kernel:
+    """Emits the kernel's code, as each thread runs it."""
+
+    def __init__(self, plan: Plan, work: Work, names: Sequence[str], eps: float | None) -> None:
+        self.plan, self.config, self.work, self.names, self.eps = plan, plan.config, work, names, eps
+
+    def emit(self, *refs: Any) -> None:
+        """All of the kernel. `refs`: the arrays that `names` says, and shared memory."""
+        plan, config = self.plan, self.config
+        threads = 32 * config.warps
+        self.pointers = {name: t.global_address(ref) for name, ref in zip(self.names, refs, strict=False)}
+        self.x = t.kept(t.shared_address(refs[-1]))
+        self.weights = self.x + plan.x_bytes
+        self.sums = self.weights + config.units * plan.unit_bytes
+        self.gathered = self.sums + plan.buffers * plan.sums_bytes
+        self.arrived = self.gathered + plan.gathered_bytes
+        thread, block = t.kept(t.thread_index()), t.block_index()
+        self.lane, self.warp = thread & 31, thread >> 5
+        self.row, self.quarter = self.lane >> 2, self.lane & 3  # of a tile or of 8 rows of x; of a block
+        self.member, self.group = self.warp % config.split, self.warp // config.split
+        self.rank, block = block % config.cluster, block // config.cluster
+        self.first_row, self.cta = block % plan.row_groups * config.rows, block // plan.row_groups
+        with t.when(thread.equals(0)):
+            for i in range(1 + config.units):
+                t.init_barrier(self.arrived + 8 * i, threads)
+        t.synchronize(1, threads)
+        if config.cluster > 1:
+            t.ptx("barrier.cluster.arrive.relaxed.aligned;", convergent=True)
+        factors = self._ask_for_norm()
+        self._ask_for_rows()
+        t.loop(0, t.kept(t.constant(config.units)), 1, [], self._ask_for_weights)
+        t.wait(self.arrived, t.constant(0))
+        if self.eps is not None:
+            self._normalise(factors)
+            t.synchronize(1, threads)
+        if config.cluster > 1:  # so that all of the cluster's CTAs have started
+            t.ptx("barrier.cluster.wait.acquire.aligned;", convergent=True)
+        t.loop(0, t.kept(t.constant(config.units)), 1, [], self._unit)
+        if config.cluster > 1:
+            self._finish_cluster()
+
+    def _tile(self, unit: Scalar, index: Scalar) -> tuple[Scalar, Scalar]:
+        """A tile, counted through the units of all groups in a turn, and whether it exists; the last one if not."""
+        plan, config = self.plan, self.config
+        tile = (self.cta * config.units + unit) * (plan.groups * config.tiles) + index
+        return t.minimum(tile, plan.count - 1), tile < plan.count
+
+    # What a CTA needs.
+
+    def _copy(self, target: Scalar, source: Scalar, bytes_: int) -> None:
+        """Start copying a row to shared memory, a warp together."""
+        for start in range(0, bytes_, 512):
+            at = self.lane * 16 + start
+            with t.when(at < bytes_):
+                t.start_copy(target + at, source + at.wide())
+
+    def _vectors(self) -> list[Scalar]:
+        """The lane's pieces of a row, of 8 elements; the last one again in place of those that do not exist."""
+        count = self.plan.width // 8
+        return [t.minimum(self.lane + first, count - 1) for first in range(0, count, 32)]
+
+    def _ask_for_norm(self) -> list[list[Scalar]]:
+        """The lane's pieces of the norm's scale. Before all weights are asked for: it would wait for them."""
+        if self.eps is None:
+            return []
+        places = [self.pointers["norm"] + (vector * 32).wide() for vector in self._vectors()]
+        return [[word.float() for offset in (0, 16) for word in t.load_constant(p, 4, offset)] for p in places]
+
+    def _ask_for_rows(self) -> None:
+        plan, config = self.plan, self.config
+        bytes_ = 2 * BLOCK * plan.own_blocks
+
+        def row(row: Scalar) -> Sequence[Scalar]:
+            source = t.minimum(self.first_row + row, plan.m - 1) * (2 * plan.width) + self.rank * bytes_
+            self._copy(self.x + row * plan.x_stride, self.pointers["x"] + source.wide(), bytes_)
+            return ()
+
+        t.loop(self.warp, config.rows, config.warps, [], row)
+        t.arrive_after_copies(self.arrived)
+
+    def _ask_for_weights(self, unit: Scalar) -> Sequence[Scalar]:
+        plan, config = self.plan, self.config
+        bytes_ = BLOCK * plan.own_blocks
+        target = self.weights + unit * plan.unit_bytes
+
+        def first_row(eight: Scalar) -> Scalar:
+            return t.select((eight & 1).equals(0), *self.work.rows(self._tile(unit, eight >> 1)[0]))
+
+        def row(index: Scalar) -> Sequence[Scalar]:
+            eight, row = index // EIGHT, index % EIGHT
+            source = (first_row(eight) + row) * plan.width + self.rank * bytes_
+            place = target + (eight >> 1) * plan.tile_bytes + (index & 15) * plan.values_stride
+            self._copy(place, self.pointers["values"] + source.wide(), bytes_)
+            return ()
+
+        def scales(eight: Scalar) -> Sequence[Scalar]:
+            size = 2 * EIGHT * plan.blocks
+            place = target + (eight >> 1) * plan.tile_bytes + 2 * EIGHT * plan.values_stride + (eight & 1) * size
+            self._copy(place, self.pointers["scales"] + (first_row(eight) * (2 * plan.blocks)).wide(), size)
+            return ()
+
+        eights = 2 * plan.groups * config.tiles
+        t.loop(self.warp, eights * EIGHT, config.warps, [], row)
+        t.loop(self.warp, eights, config.warps, [], scales)
+        t.arrive_after_copies(self.arrived + (unit + 1) * 8)
+        return ()
+
+    def _normalise(self, factors: Sequence[Sequence[Scalar]]) -> None:
+        """x / sqrt(mean(x^2) + eps) times the norm's scale, in its place; a warp does whole rows, two at a time."""
+        plan, config = self.plan, self.config
+        together = 2 if config.rows % (2 * config.warps) == 0 else 1
+        exist = [(self.lane + first) < plan.width // 8 for first in range(0, plan.width // 8, 32)]
+
+        def rows(first: Scalar) -> Sequence[Scalar]:
+            places = [
+                [self.x + (first + config.warps * i) * plan.x_stride + vector * 16 for vector in self._vectors()]
+                for i in range(together)
+            ]
+            held = [[[h for w in t.load_shared(p, 4) for h in t.unpack_bf16(w)] for p in row] for row in places]
+            for row, values in zip(places, held, strict=True):
+                squares = [
+                    functools.reduce(lambda s, v: t.fma(v, v, s), eight, t.constant(0.0, t.f32())) for eight in values
+                ]
+                total = _total([t.select(e, s, 0.0) for e, s in zip(exist, squares, strict=True)])
+                for distance in (16, 8, 4, 2, 1):
+                    total = total + t.shuffle_xor(total, distance)
+                root = t.rsqrt(total * (1 / plan.width) + (self.eps or 0.0))
+                for place, eight, scale, exists in zip(row, values, factors, exist, strict=True):
+                    scaled = [v * root * f for v, f in zip(eight, scale, strict=True)]
+                    with t.when(exists):
+                        t.store_shared(place, *(t.pack_bf16(*scaled[j : j + 2]) for j in range(0, 8, 2)))
+            return ()
+
+        t.loop(self.warp, config.rows, config.warps * together, [], rows)
+
+    # A unit of work.
+
+    def _unit(self, unit: Scalar) -> Sequence[Scalar]:
+        plan, config = self.plan, self.config
+        threads = 32 * config.warps
+        # Another warp begins in each unit, so that they can end beside each other; some items are beyond the last.
+        items = [(self.member + unit) % config.split + i for i in range(0, plan.items, config.split)]
+        finishes = [] if config.cluster > 1 else [self._begin(unit, self.group, item) for item in items]
+        t.wait(self.arrived + (unit + 1) * 8, t.constant(0))
+        sums = self._multiply(unit)
+        base = self.sums
+        if plan.buffers == 1:
+            t.synchronize(1, threads)  # what the unit before left has been collected
+        else:
+            base = base + (unit & 1) * plan.sums_bytes
+        mine = base + (self.warp * 512 + self.lane * 8)
+        for i in range(0, len(sums), 2):
+            offset = 512 * config.warps * (i // 4) + 256 * (i // 2 % 2)
+            t.store_shared(mine, sums[i], sums[i + 1], offset=offset)
+        t.synchronize(1, threads)
+        for i, item in enumerate(items):
+            pairs = self._collect(base, item)
+            if config.cluster == 1:
+                finishes[i](pairs)
+            else:
+                with t.when(item < plan.items):
+                    self._send(unit * plan.groups + self.group, item, pairs)
+        return ()
+
+    def _multiply(self, unit: Scalar) -> list[Scalar]:
+        """The warp's share of the unit's products: sums [tile, part, 8 rows of weights, 2 rows of x]."""
+        plan, config = self.plan, self.config
+        first = self.member * plan.own_blocks // config.split
+        last = (self.member + 1) * plan.own_blocks // config.split
+        x = self.x + self.row * plan.x_stride + self.quarter * 16 + first * (2 * BLOCK)
+        tiles = self.weights + unit * plan.unit_bytes + self.group * (config.tiles * plan.tile_bytes)
+        values = tiles + self.row * plan.values_stride + self.quarter * 8 + first * BLOCK
+        scales = tiles + self.row * (2 * plan.blocks) + (self.rank * plan.own_blocks + first) * 2
+        zero = t.constant(0.0, t.f32())
+
+        def block(_: Scalar, x: Scalar, values: Scalar, scales: Scalar, *sums: Scalar) -> Sequence[Scalar]:
+            rows = [t.load_shared(x, 4, offset=EIGHT * plan.x_stride * part) for part in range(plan.parts)]
+            new = list(sums)
+            for tile in range(config.tiles):
+                w, scale = [], []
+                for eight in range(2):
+                    offset = plan.tile_bytes * tile + EIGHT * plan.values_stride * eight
+                    words = t.load_shared(values, 2, offset=offset)
+                    w.append(
+                        [t.int8_as_bf16(t.permute_bytes(word, word, s)) for word in words for s in (0x1100, 0x3322)]
+                    )
+                    offset = plan.tile_bytes * tile + 2 * EIGHT * (plan.values_stride + plan.blocks * eight)
+                    scale.append(t.load_shared_half(scales, offset))
+                upper, lower = w
+                for part, row in enumerate(rows):
+                    product = t.mma([upper[0], lower[0], upper[1], lower[1]], row[:2], [zero] * 4, "bf16")
+                    product = t.mma([upper[2], lower[2], upper[3], lower[3]], row[2:], product, "bf16")
+                    for i in range(4):
+                        at = (tile * plan.parts + part) * 4 + i
+                        new[at] = t.fma(product[i], scale[i // 2], new[at])
+            return x + 2 * BLOCK, values + BLOCK, scales + 2, *new
+
+        return t.loop(first, last, 1, [x, values, scales, *[zero] * (4 * plan.items)], block)[3:]
+
+    def _collect(self, base: Scalar, item: Scalar) -> list[Pair]:
+        """The group's sums of an item: of this lane's row of x and two columns in each 8 rows of the weights."""
+        plan, config = self.plan, self.config
+        at = t.minimum(item, plan.items - 1) * config.warps + self.group * config.split
+        place = base + at * 512 + self.quarter * 64 + self.row * 4
+        return [self._add_up(place + 256 * eight, config.split) for eight in range(2)]
+
+    def _add_up(self, place: Scalar, count: int) -> Pair:
+        """The sum of `count` pairs 512 bytes apart, whose halves are 32 bytes apart."""
+        first, second = (
+            _total([t.load_shared(place, 1, offset=512 * i + half)[0].float() for i in range(count)])
+            for half in (0, 32)
+        )
+        return first, second
+
+    def _begin(self, unit: Scalar, group: Scalar, item: Scalar) -> Callable[[Sequence[Pair]], None]:
+        """Ask for what an item's epilogue needs."""
+        plan = self.plan
+        tile, exists = self._tile(unit, group * self.config.tiles + t.minimum(item, plan.items - 1) // plan.parts)
+        row = self.first_row + item % plan.parts * 8 + self.row
+        finish = self.work.epilogue(self.pointers, t.minimum(row, plan.m - 1), tile, self.quarter * 2)
+        exists = exists & (row < plan.m) & (item < plan.items)
+        return lambda pairs: finish(pairs, exists)
+
+    # A cluster's sums.
+
+    def _send(self, unit: Scalar, item: Scalar, pairs: Sequence[Pair]) -> None:
+        """An item's sums to the CTA of the cluster that finishes it; `unit` counts all groups'."""
+        plan, cluster = self.plan, self.config.cluster
+        place = ((unit * plan.gathered + item // cluster) * cluster + self.rank) * 512
+        place = self.gathered + place + self.quarter * 64 + self.row * 4
+        (there,) = t.ptx("mapa.shared::cluster.u32 $0, $1, $2;", place, item % cluster, results=[t.i32()])
+        for eight, pair in enumerate(pairs):
+            for i, value in enumerate(pair):
+                t.ptx(f"st.shared::cluster.b32 [$1 + {256 * eight + 32 * i}], $0;", value.bits(), there)
+
+    def _finish_cluster(self) -> None:
+        """Add the cluster's sums of this CTA's items and finish them."""
+        plan, config = self.plan, self.config
+        t.ptx("barrier.cluster.arrive.release.aligned;", convergent=True)
+        t.ptx("barrier.cluster.wait.acquire.aligned;", convergent=True)
+
+        def item(index: Scalar) -> Sequence[Scalar]:
+            unit, item = index // plan.gathered, index % plan.gathered * config.cluster + self.rank
+            finish = self._begin(unit // plan.groups, unit % plan.groups, item)
+            place = self.gathered + index * (512 * config.cluster) + self.quarter * 64 + self.row * 4
+            finish([self._add_up(place + 256 * eight, config.cluster) for eight in range(2)])
+            return ()
+
+        t.loop(self.warp, config.units * plan.groups * plan.gathered, config.warps, [], item)
+
+
+def _total(parts: Sequence[Scalar]) -> Scalar:
+    """The sum, neighbours first."""
+    while len(parts) > 1:
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)] + list(parts[len(parts) & ~1 :])
+    return parts[0]
+
+
+def _add(a: Pair, b: Pair) -> Pair:
+    return a[0] + b[0], a[1] + b[1]
+
+
+def _load_pair(pointer: Scalar, index: Scalar, dtype: Any) -> Pair:
+    """Elements `index`, even, and the next one of an array of bfloat16 or float32, as float32."""
+    if jnp.dtype(dtype).itemsize == 2:
+        first, second = t.unpack_bf16(t.load_global(pointer + (index * 2).wide())[0])
+    else:
+        first, second = (word.float() for word in t.load_global(pointer + (index * 4).wide(), 2))
+    return first, second
+
+
+def _store_pair(pointer: Scalar, index: Scalar, dtype: Any, pair: Pair) -> None:
+    """The opposite of `_load_pair`."""
+    if jnp.dtype(dtype).itemsize == 2:
+        t.store_global(pointer + (index * 2).wide(), t.pack_bf16(*pair))
+    else:
+        t.store_global(pointer + (index * 4).wide(), *pair)

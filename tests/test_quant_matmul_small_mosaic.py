@@ -1,0 +1,166 @@
+"""The Hopper kernel for up to some hundred rows: its plans, and its threads' code run on the CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import simt
+
+from pallas_kernels.implementation import on_hopper
+from pallas_kernels.mosaic_gpu import quant_matmul_small as small
+from pallas_kernels.mosaic_gpu.quant_matmul import kernel_for
+from pallas_kernels.mosaic_gpu.quant_matmul_small import Config
+from pallas_kernels.qkv_rope import split_heads, store
+from pallas_kernels.quant_matmul import reference
+from pallas_kernels.rms_norm import rms_norm
+
+if not hasattr(jax.experimental.mosaic.gpu.utils, "inline_ptx"):
+    pytest.skip("needs jax 0.11.2 or newer, whose Mosaic GPU can inline PTX", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def simulated(monkeypatch):
+    if on_hopper():
+        return
+
+    def launch(name, kernel, operands, results):
+        plan = kernel.plan
+        values = [x[...] for x in operands]
+        poisoned = [np.full(x.shape, np.nan, x.dtype) for x in results]
+        blocks = plan.ctas * plan.row_groups * plan.config.cluster
+        memory = simt.run(
+            lambda _, *refs: kernel.emit(*refs), [*map(np.asarray, values), *poisoned], [plan.shared_bytes], blocks,
+            32 * plan.config.warps, plan.config.cluster,
+        )  # fmt: skip
+        for operand, value, found in zip(operands, values, memory, strict=False):
+            if isinstance(operand, jax.Array):
+                np.testing.assert_array_equal(np.asarray(value, np.float32), np.asarray(found, np.float32))
+            else:
+                operand[...] = jnp.asarray(found)
+        return [jnp.asarray(x) for x in memory[len(operands) :]]
+
+    monkeypatch.setattr(small, "_launch", launch)
+
+
+def normal(seed, *shape, dtype=jnp.float32, std=1.0):
+    return jnp.asarray(std * np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def random_weight(seed, out, width):
+    rng = np.random.default_rng(seed)
+    scales = (rng.uniform(-1.5, 1.5, (out, width // 32)) / (73 * width**0.5)).astype(np.float16)
+    return jnp.asarray(rng.integers(-128, 128, (out, width), np.int8)), jnp.asarray(scales)
+
+
+def agree(actual, expected, limit=4e-3):
+    """Each result's error relative to its 2-norm is below `limit`."""
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        assert np.linalg.norm(a - e) <= limit * np.linalg.norm(e)
+
+
+# m, out, width, configuration
+CASES = {
+    "a row": (1, 48, 128, Config(8, 4, 4, 1, 2)),
+    "eight rows, odd sizes": (8, 80, 160, Config(8, 4, 4, 2, 2)),
+    "a group a warp": (5, 112, 96, Config(8, 4, 1, 2, 1)),
+    "two groups": (7, 176, 192, Config(8, 8, 4, 1, 3)),
+    "two row groups": (30, 48, 128, Config(16, 4, 4, 1, 1)),
+    "many rows": (64, 80, 256, Config(64, 8, 8, 1, 2)),
+    "more items than warps": (64, 96, 256, Config(64, 4, 4, 2, 2)),
+    "groups with more items than warps": (64, 144, 256, Config(64, 8, 2, 2, 1)),
+    "part of the rows": (41, 32, 256, Config(48, 8, 8, 1, 1)),
+    "a cluster": (16, 48, 768, Config(16, 4, 4, 1, 2, 4)),
+    "a cluster of three, shares of two sizes": (9, 80, 960, Config(16, 4, 4, 1, 2, 3)),
+    "a cluster of groups": (64, 144, 512, Config(64, 8, 4, 1, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("m", [9, 16, 40, 64, 128])
+@pytest.mark.parametrize(
+    ("out", "width", "normed"),
+    [(1152, 896, True), (896, 896, False), (9728, 896, True), (896, 4864, False), (3072, 3072, False)],
+)
+def test_heuristic_is_valid(m, out, width, normed):
+    space = list(small.search_space(m, out, width, normed))
+    assert small.heuristic(m, out, width, normed) in space
+    for config in space:
+        plan = small.Plan(m, width, out // 16, config)
+        assert plan.row_groups * config.rows >= m
+        assert plan.ctas * config.units * plan.groups * config.tiles * 16 >= out
+        assert plan.shared_bytes <= small.SHARED_BYTES
+
+
+def test_the_kernel_follows_from_the_size():
+    def kernel(m, out, width):
+        return kernel_for(jnp.zeros((m, 1, width), jnp.bfloat16), jnp.zeros((out, width), jnp.int8), out > width)
+
+    assert [kernel(m, 1152, 896) for m in (1, 8, 9, 64, 2048)] == ["skinny", "skinny", "small", "small", "large"]
+    assert [kernel(m, 9728, 896) for m in (16, 64)] == ["small", "large"]
+    assert kernel(16, 16384, 3072) == "large"  # more than the shared memory of all multiprocessors
+
+
+def test_what_does_not_fit_is_refused():
+    x, weight = jnp.zeros((16, 16384), jnp.bfloat16), random_weight(2, 48, 16384)
+    with pytest.raises(NotImplementedError, match="more than shared memory holds"):
+        small.gate_up(x, jnp.ones(16384), *weight, 1e-6)
+    with pytest.raises(NotImplementedError, match="Config"):
+        small.matmul(x[:, :64], *random_weight(2, 48, 64), None, None, x.dtype, Config(16, 4, 4, 1, 1, 4))
+    with pytest.raises(NotImplementedError, match="float32"):
+        small.matmul(x.astype(jnp.float32), *weight, None, None, x.dtype)
+    with pytest.raises(NotImplementedError, match=r"weights \(40, 64\)"):
+        small.matmul(x[:, :64], *random_weight(2, 40, 64), None, None, x.dtype)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("extras", [True, False])
+def test_matmul(case, extras):
+    m, out, width, config = CASES[case]
+    x, weight = normal(1, m, width, dtype=jnp.bfloat16), random_weight(2, out, width)
+    bias, residual = (normal(3, out), normal(4, m, out, dtype=jnp.bfloat16)) if extras else (None, None)
+    dtype = jnp.bfloat16 if extras else jnp.float32
+    y = small.matmul(x, *weight, bias, residual, jnp.dtype(dtype), config)
+    assert y.dtype == dtype
+    agree(y, reference(x.astype(jnp.float32), weight, bias, residual), 4e-3 if extras else 1e-5)
+
+
+@pytest.mark.parametrize("config", [
+    Config(8, 4, 4, 1, 1), Config(8, 4, 1, 1, 2), Config(16, 8, 4, 2, 1), Config(16, 4, 4, 1, 3), Config(16, 4, 4, 2, 2)
+])  # fmt: skip
+def test_gate_up(config):
+    m, width, units = 13 if config.rows > 8 else 6, 288, 40
+    x, norm = normal(1, m, width, dtype=jnp.bfloat16), 1 + normal(2, width, std=0.1)
+    x = x.at[0].multiply(jnp.bfloat16(1e4)).at[1].multiply(jnp.bfloat16(1e-3))
+    weight = random_weight(3, 2 * units, width)
+    y = small.gate_up(x, norm, *weight, 1e-6, config=config)
+    h = rms_norm(x, norm, 1e-6).astype(jnp.float32)
+    gate, linear = jnp.split(reference(h, weight, out_dtype=jnp.float32), 2, axis=-1)
+    for row, expected in zip(y, jax.nn.silu(gate) * linear, strict=True):
+        agree(row, expected)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize(
+    "config", [Config(8, 4, 2, 1, 2), Config(16, 4, 4, 1, 1), Config(16, 4, 2, 2, 2), Config(32, 4, 4, 1, 3)]
+)
+def test_qkv_rope(config, stored):
+    batch, length, n, k, head_dim, width = (2, 3, 3, 1, 32, 96) if config.rows == 8 else (2, 13, 3, 2, 16, 128)
+    m = batch * length
+    x, norm = normal(1, batch, length, width, dtype=jnp.bfloat16), 1 + normal(2, width, std=0.1)
+    weight, bias = random_weight(3, (n + 2 * k) * head_dim, width), normal(6, (n + 2 * k) * head_dim)
+    cos, sin = normal(4, batch, length, head_dim // 2), normal(5, batch, length, head_dim // 2)
+    keys, values = (normal(seed, batch, k, 15, head_dim, dtype=jnp.bfloat16) for seed in (7, 8))
+    slots = jnp.stack([jnp.roll(jnp.arange(15, dtype=jnp.int32), row)[:length] for row in range(batch)])
+    slots = slots.at[0, 0].set(15).at[1, 1].set(-1)  # nowhere
+    cache = (keys, values, slots) if stored else None
+    flat = x.reshape(m, width)
+    q, *rest = small.qkv_rope(
+        flat, norm, *weight, bias, cos.reshape(m, -1), sin.reshape(m, -1), n, k, 1e-6, cache, config=config
+    )
+    h = rms_norm(x, norm, 1e-6).astype(jnp.float32)
+    expected_q, *expected = split_heads(reference(h, weight, bias), cos, sin, n, k)
+    if stored:
+        expected = store(*expected, *(c.astype(jnp.float32) for c in (keys, values)), slots)
+    else:
+        rest = [y.reshape(batch, length, k, head_dim) for y in rest]
+    agree((q.reshape(expected_q.shape), *rest), (expected_q, *expected))
