@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from orcd_jax import decoding, hub, single_row
+from orcd_jax import decoding, hub, programs, single_row
 from orcd_jax.cache import KVCache, init_cache
 from orcd_jax.cache_policy import CachePolicy
 from orcd_jax.chat import ChatTemplate
@@ -737,8 +737,13 @@ class LanguageModel:
             return function(*before, self.config, *args[params:], **static)
 
         call.__name__ = function.__name__  # seen in profiles and dumps
+        given = ((self.params,) if params else ()) + args
         with self.tracing():
-            return jax.jit(call, donate_argnums=donated).lower(*((self.params,) if params else ()), *args).compile()
+            return programs.kept(
+                lambda: jax.jit(call, donate_argnums=donated).lower(*given).compile(),
+                self.device, given,
+                function.__module__, function.__qualname__, self.config, pallas_kernels.preferred(), donated, static,
+            )  # fmt: skip
 
     def sampling_method(self, rows: Sequence[Sampling]) -> Method:
         """How programs for rows of plain numbers sample; on a CPU always as one program can that serves all."""
@@ -869,7 +874,7 @@ def load(
     smaller = "weights='int8' would need " + human_bytes(config.weight_bytes("int8")) if chosen != "int8" else ""
     what = f"{file.path.name} as {chosen}"
     check_fits(config.weight_bytes(chosen), target, what, lambda _: smaller or "use a smaller model")
-    _enable_compilation_cache()
+    programs.enable_caches()
     with memory_errors(target):
         params = load_params(file, config, chosen, target, progress)
     return LanguageModel(
@@ -909,14 +914,6 @@ def matrix_types(file: GGUFFile) -> set[str]:
 def configure(config: ModelConfig, weights: WeightFormat, device: jax.Device) -> ModelConfig:
     """The config with the activation dtype for a device: float32 on a CPU or with float32 weights, else bfloat16."""
     return replace(config, dtype="float32" if device.platform == "cpu" or weights == "f32" else "bfloat16")
-
-
-def _enable_compilation_cache() -> None:
-    """Keep compiled programs between runs, unless the user has chosen a folder or switched this off."""
-    settings: Any = jax.config
-    if settings.jax_compilation_cache_dir is None and settings.jax_enable_compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(hub.programs_dir()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _temporary_bytes(program: jax.stages.Compiled) -> int:
