@@ -26,7 +26,7 @@ from orcd_jax.cache import KVCache, init_cache
 from orcd_jax.cache_policy import CachePolicy
 from orcd_jax.chat import ChatTemplate
 from orcd_jax.config import ModelConfig, WeightFormat
-from orcd_jax.device import available_bytes, check_fits, human_bytes, memory_errors, peak_bytes, select_device
+from orcd_jax.device import available_bytes, check_fits, human_bytes, memory_errors, peak_bytes, select_device, wake
 from orcd_jax.errors import GGUFError, NonFiniteError, RequestError, TemplateError
 from orcd_jax.gguf_reader import GGUFFile
 from orcd_jax.loader import Params, load_params
@@ -859,17 +859,19 @@ def load(
     start = time.perf_counter()
     if weights not in ("auto", "int8", "bf16", "f32"):
         raise RequestError(f"weights is {weights!r}; expected auto, int8, bf16 or f32")
-    target = select_device(device)
-    _check_kernels(kernels, target)
+    wake()
+    if device is not None or kernels != "auto":  # what may be impossible is told before anything is fetched
+        _check_kernels(kernels, select_device(device))
     file, config = inspect(model, context, progress)
-    chosen = choose_weights(weights, matrix_types(file), config, target)
-    config = replace(configure(config, chosen, target), cache=CachePolicy.parse(kv_cache))
-    tokenizer = Tokenizer.from_gguf(file)
+    tokenizer = Tokenizer.from_gguf(file)  # while the device starts
     if tokenizer.vocab_size > config.vocab_size:
         raise GGUFError(
             f"{file.path}: tokenizer.ggml.tokens has {tokenizer.vocab_size} entries; expected at most the "
             f"{config.vocab_size} rows of 'token_embd.weight'"
         )
+    target = select_device(device)
+    chosen = choose_weights(weights, matrix_types(file), config, target)
+    config = replace(configure(config, chosen, target), cache=CachePolicy.parse(kv_cache))
     config = replace(config, known_tokens=tokenizer.known_tokens, stop_ids=tokenizer.stop_ids)
     smaller = "weights='int8' would need " + human_bytes(config.weight_bytes("int8")) if chosen != "int8" else ""
     what = f"{file.path.name} as {chosen}"
