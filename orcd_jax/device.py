@@ -6,6 +6,7 @@ import contextlib
 import re
 import resource
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,19 @@ import jax
 import psutil
 
 from orcd_jax.errors import CapacityError, RequestError
+
+
+def wake() -> None:
+    """Begin to start JAX's devices, in a thread; whoever asks for them waits.
+
+    A GPU takes a second for it, in which something else can be done. What goes wrong is told to who asks.
+    """
+
+    def start() -> None:
+        with contextlib.suppress(Exception):
+            jax.devices()
+
+    threading.Thread(target=start, name="wake").start()
 
 
 def select_device(platform: str | None = None) -> jax.Device:

@@ -231,6 +231,9 @@ def _run(args: argparse.Namespace, interrupts: _Interrupts) -> int:
     messages = _parse_messages(_read(args.messages), args.messages) if args.messages else None
     batch = _parse_batch(_read(args.batch_file), args.batch_file) if args.batch_file else None
     with interrupts.held():
+        from orcd_jax.device import wake
+
+        wake()  # beside the other imports
         from orcd_jax.language_model import check_values, load
     seed = secrets.randbits(32) if args.seed is None else args.seed
     sampling = _sampling(args)

@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from orcd_jax import decoding, hub, single_row
+from orcd_jax import decoding, hub, programs, single_row
 from orcd_jax.cache import KVCache, init_cache
 from orcd_jax.cache_policy import CachePolicy
 from orcd_jax.chat import ChatTemplate
 from orcd_jax.config import ModelConfig, WeightFormat
-from orcd_jax.device import available_bytes, check_fits, human_bytes, memory_errors, peak_bytes, select_device
+from orcd_jax.device import available_bytes, check_fits, human_bytes, memory_errors, peak_bytes, select_device, wake
 from orcd_jax.errors import GGUFError, NonFiniteError, RequestError, TemplateError
 from orcd_jax.gguf_reader import GGUFFile
 from orcd_jax.loader import Params, load_params
@@ -737,8 +737,13 @@ class LanguageModel:
             return function(*before, self.config, *args[params:], **static)
 
         call.__name__ = function.__name__  # seen in profiles and dumps
+        given = ((self.params,) if params else ()) + args
         with self.tracing():
-            return jax.jit(call, donate_argnums=donated).lower(*((self.params,) if params else ()), *args).compile()
+            return programs.kept(
+                lambda: jax.jit(call, donate_argnums=donated).lower(*given).compile(),
+                self.device, given,
+                function.__module__, function.__qualname__, self.config, pallas_kernels.preferred(), donated, static,
+            )  # fmt: skip
 
     def sampling_method(self, rows: Sequence[Sampling]) -> Method:
         """How programs for rows of plain numbers sample; on a CPU always as one program can that serves all."""
@@ -854,22 +859,24 @@ def load(
     start = time.perf_counter()
     if weights not in ("auto", "int8", "bf16", "f32"):
         raise RequestError(f"weights is {weights!r}; expected auto, int8, bf16 or f32")
-    target = select_device(device)
-    _check_kernels(kernels, target)
+    wake()
+    if device is not None or kernels != "auto":  # what may be impossible is told before anything is fetched
+        _check_kernels(kernels, select_device(device))
     file, config = inspect(model, context, progress)
-    chosen = choose_weights(weights, matrix_types(file), config, target)
-    config = replace(configure(config, chosen, target), cache=CachePolicy.parse(kv_cache))
-    tokenizer = Tokenizer.from_gguf(file)
+    tokenizer = Tokenizer.from_gguf(file)  # while the device starts
     if tokenizer.vocab_size > config.vocab_size:
         raise GGUFError(
             f"{file.path}: tokenizer.ggml.tokens has {tokenizer.vocab_size} entries; expected at most the "
             f"{config.vocab_size} rows of 'token_embd.weight'"
         )
+    target = select_device(device)
+    chosen = choose_weights(weights, matrix_types(file), config, target)
+    config = replace(configure(config, chosen, target), cache=CachePolicy.parse(kv_cache))
     config = replace(config, known_tokens=tokenizer.known_tokens, stop_ids=tokenizer.stop_ids)
     smaller = "weights='int8' would need " + human_bytes(config.weight_bytes("int8")) if chosen != "int8" else ""
     what = f"{file.path.name} as {chosen}"
     check_fits(config.weight_bytes(chosen), target, what, lambda _: smaller or "use a smaller model")
-    _enable_compilation_cache()
+    programs.enable_caches()
     with memory_errors(target):
         params = load_params(file, config, chosen, target, progress)
     return LanguageModel(
@@ -909,14 +916,6 @@ def matrix_types(file: GGUFFile) -> set[str]:
 def configure(config: ModelConfig, weights: WeightFormat, device: jax.Device) -> ModelConfig:
     """The config with the activation dtype for a device: float32 on a CPU or with float32 weights, else bfloat16."""
     return replace(config, dtype="float32" if device.platform == "cpu" or weights == "f32" else "bfloat16")
-
-
-def _enable_compilation_cache() -> None:
-    """Keep compiled programs between runs, unless the user has chosen a folder or switched this off."""
-    settings: Any = jax.config
-    if settings.jax_compilation_cache_dir is None and settings.jax_enable_compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(hub.programs_dir()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _temporary_bytes(program: jax.stages.Compiled) -> int:

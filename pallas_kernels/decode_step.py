@@ -155,19 +155,7 @@ def pack(
       NotImplementedError: for sizes that do not fit the groups.
     """
     check(sizes)
-    bias = jnp.zeros(sizes.qkv_rows)
-
-    def vector(layer: LayerWeights) -> jax.Array:
-        parts = layer.attention_norm, layer.swiglu_norm, bias if layer.qkv_bias is None else layer.qkv_bias
-        return jnp.concatenate([part.astype(jnp.float32) for part in parts])
-
-    packed = [_pack_layer(sizes, layer) for layer in layers]
-    return PackedWeights(
-        jnp.stack(packed),
-        jnp.stack([vector(layer) for layer in layers]),
-        norm.astype(jnp.float32),
-        _pack_plain(*head),
-    )
+    return _join([_pack_layer(sizes, layer) for layer in layers], norm, head)
 
 
 def pack_matrix(values: jax.Array, scales: jax.Array, rows: np.ndarray) -> jax.Array:
@@ -194,15 +182,23 @@ def unpack_matrix(packed: jax.Array, rows: np.ndarray) -> tuple[jax.Array, jax.A
     return v.reshape(len(rows), -1)[back], s.reshape(len(rows), -1)[back]
 
 
-@jax.jit
-def _pack_plain(values: jax.Array, scales: jax.Array) -> jax.Array:
-    return pack_matrix(values, scales, np.arange(values.shape[0]))
-
-
+# Two programs and nothing beside them: each one costs a start its tracing, and a launch its time.
 @jax.jit(static_argnums=0)
-def _pack_layer(sizes: DecoderSizes, layer: LayerWeights) -> jax.Array:
+def _pack_layer(sizes: DecoderSizes, layer: LayerWeights) -> tuple[jax.Array, jax.Array]:
     matrices = layer.qkv, layer.out, layer.gate_up, layer.down
-    return jnp.concatenate([pack_matrix(*m, o) for m, o in zip(matrices, sizes.row_orders(), strict=True)])
+    groups = jnp.concatenate([pack_matrix(*m, o) for m, o in zip(matrices, sizes.row_orders(), strict=True)])
+    bias = jnp.zeros(sizes.qkv_rows) if layer.qkv_bias is None else layer.qkv_bias
+    vectors = layer.attention_norm, layer.swiglu_norm, bias
+    return groups, jnp.concatenate([vector.astype(jnp.float32) for vector in vectors])
+
+
+@jax.jit
+def _join(
+    layers: Sequence[tuple[jax.Array, jax.Array]], norm: jax.Array, head: tuple[jax.Array, jax.Array]
+) -> PackedWeights:
+    groups, vectors = (jnp.stack(parts) for parts in zip(*layers, strict=True))
+    values, scales = head
+    return PackedWeights(groups, vectors, norm.astype(jnp.float32), pack_matrix(values, scales, np.arange(len(values))))
 
 
 def init_handover(sizes: DecoderSizes) -> Handover:

@@ -1,0 +1,22 @@
+"""Devices: how they are woken."""
+
+import threading
+from types import SimpleNamespace
+
+from orcd_jax import device as devices
+
+
+def test_waking_devices_tells_nothing(monkeypatch):
+    """What goes wrong is told to who asks for a device, not by a thread."""
+
+    def fail():
+        raise RuntimeError("no devices")
+
+    monkeypatch.setattr(devices, "jax", SimpleNamespace(devices=fail))
+    told = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    devices.wake()
+    for thread in threading.enumerate():
+        if thread.name == "wake":
+            thread.join()
+    assert not told
