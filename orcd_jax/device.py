@@ -17,14 +17,15 @@ from orcd_jax.errors import CapacityError, RequestError
 
 
 def wake() -> None:
-    """Begin to start JAX's devices, in a thread; whoever asks for them waits.
+    """Begin to start JAX's default device, in a thread; whoever asks for it waits.
 
-    A GPU takes a second for it, in which something else can be done. What goes wrong is told to who asks.
+    A GPU takes a second or two for it, half of them when something is first sent there, in which something else can be
+    done. What goes wrong is told to who asks.
     """
 
     def start() -> None:
         with contextlib.suppress(Exception):
-            jax.devices()
+            jax.device_put(0).block_until_ready()
 
     threading.Thread(target=start, name="wake").start()
 

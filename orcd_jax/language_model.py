@@ -859,7 +859,8 @@ def load(
     start = time.perf_counter()
     if weights not in ("auto", "int8", "bf16", "f32"):
         raise RequestError(f"weights is {weights!r}; expected auto, int8, bf16 or f32")
-    wake()
+    if device != "cpu":
+        wake()
     if device is not None or kernels != "auto":  # what may be impossible is told before anything is fetched
         _check_kernels(kernels, select_device(device))
     file, config = inspect(model, context, progress)

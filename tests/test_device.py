@@ -9,10 +9,10 @@ from orcd_jax import device as devices
 def test_waking_devices_tells_nothing(monkeypatch):
     """What goes wrong is told to who asks for a device, not by a thread."""
 
-    def fail():
+    def fail(_):
         raise RuntimeError("no devices")
 
-    monkeypatch.setattr(devices, "jax", SimpleNamespace(devices=fail))
+    monkeypatch.setattr(devices, "jax", SimpleNamespace(device_put=fail))
     told = []
     monkeypatch.setattr(threading, "excepthook", told.append)
     devices.wake()

@@ -207,7 +207,7 @@ def search_space(m: int, out: int, width: int, normed: bool) -> Iterable[Config]
     """Configurations worth measuring, which give most multiprocessors something to do where there is enough."""
     least = -(-m // 8) * 8
     for rows, warps, tiles, cluster, units in itertools.product(
-        (8, 16, 24, 32, 48, 64), (4, 8, 16), (1, 2), (1,) if normed else (1, 2, 4, 8), (1, 2, 3, 4, 5, 6, 8, 10, 12)
+        (8, 16, 24, 32, 48, 64), (4, 8, 16), (1, 2, 3, 4, 5, 6), (1,) if normed else (1, 2, 4, 8), (1, 2, 3, 4, 5, 6)
     ):
         if rows > least or -(-least // rows) > 4:
             continue
