@@ -66,24 +66,32 @@ def by_length(model: LanguageModel, args: argparse.Namespace) -> Iterator[dict[s
 
 
 def loading(model: LanguageModel, args: argparse.Namespace) -> dict[str, Any]:
-    """Load the file in processes of their own: seconds, bytes of the file a second, and the host's memory at most."""
+    """Load the file in processes of their own: seconds of all of it and, again, of its tensors alone; bytes of the file
+    a second; the host's memory at most."""
     path = orcd_jax.hub.resolve(args.model)
     options = {"weights": model.weights, "device": args.device}
     script = (
-        "import json, orcd_jax, re; "
+        "import json, orcd_jax, re, time; "
         "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]); "
         f"orcd_jax.device.select_device({args.device!r}); before = peak(); "
-        f"m = orcd_jax.load({str(path)!r}, **{options!r}); print(json.dumps([m.load_s, peak() - before]))"
+        f"m = orcd_jax.load({str(path)!r}, **{options!r}); grown = peak() - before; "
+        f"file = orcd_jax.gguf_reader.GGUFFile.open({str(path)!r}); start = time.perf_counter(); "
+        "orcd_jax.loader.load_params(file, m.config, m.weights, m.device); "
+        "print(json.dumps([m.load_s, time.perf_counter() - start, grown]))"
     )
     runs = [
         json.loads(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout)
         for _ in range(1 if args.quick else args.repeat)
     ]
-    times = [seconds for seconds, _ in runs]
-    size, seconds, grown = path.stat().st_size, common.spread(times), max(grown for _, grown in runs)
-    print(f"loading: {size:,} bytes of file in {seconds['median']:.2f} s ({common.per_cent(times)}), "
-          f"{size / seconds['median'] / 1e9:.2f} GB/s, {grown:,} bytes of the host's memory at most")  # fmt: skip
-    return {"file_bytes": size, "load_s": seconds, "bytes_s": size / seconds["median"], "host_bytes": grown}
+    times, tensor_times, grown = zip(*runs, strict=True)
+    size, seconds, tensors = path.stat().st_size, common.spread(times), common.spread(tensor_times)
+    print(f"loading: {size:,} bytes of file in {seconds['median']:.2f} s ({common.per_cent(times)}), the tensors alone in "
+          f"{tensors['median']:.2f} s, {size / tensors['median'] / 1e9:.2f} GB/s, {max(grown):,} bytes of the host's "
+          "memory at most")  # fmt: skip
+    return {
+        "file_bytes": size, "load_s": seconds, "tensors_s": tensors, "bytes_s": size / tensors["median"],
+        "host_bytes": max(grown),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -183,8 +183,8 @@ def memory(result: Result) -> str:
     if "loading" in result:
         loading = result["loading"]
         text += (
-            f" Loading {loading['file_bytes']:,} bytes of file: {ranged(loading['load_s'], digits=2)} s, "
-            f"{loading['bytes_s'] / 1e9:.2f} GB/s, {loading['host_bytes']:,} bytes of the host's memory at most."
+            f" Loading {loading['file_bytes']:,} bytes of file: {ranged(loading['load_s'], digits=2)} s, the tensors alone "
+            f"{ranged(loading['tensors_s'], digits=2)} s, {loading['bytes_s'] / 1e9:.2f} GB/s; {loading['host_bytes']:,} bytes of the host's memory at most."
         )
     return f"{text}\n\n{table}"
 
