@@ -85,9 +85,9 @@ def loading(model: LanguageModel, args: argparse.Namespace) -> dict[str, Any]:
     ]
     times, tensor_times, grown = zip(*runs, strict=True)
     size, seconds, tensors = path.stat().st_size, common.spread(times), common.spread(tensor_times)
-    print(f"loading: {size:,} bytes of file in {seconds['median']:.2f} s ({common.per_cent(times)}), the tensors alone in "
-          f"{tensors['median']:.2f} s, {size / tensors['median'] / 1e9:.2f} GB/s, {max(grown):,} bytes of the host's "
-          "memory at most")  # fmt: skip
+    print(f"loading: {size:,} bytes of file in {seconds['median']:.2f} s ({common.per_cent(times)}), the tensors alone "
+          f"in {tensors['median']:.2f} s, {size / tensors['median'] / 1e9:.2f} GB/s, {max(grown):,} bytes of the "
+          "host's memory at most")  # fmt: skip
     return {
         "file_bytes": size, "load_s": seconds, "tensors_s": tensors, "bytes_s": size / tensors["median"],
         "host_bytes": max(grown),

@@ -182,9 +182,10 @@ def memory(result: Result) -> str:
     )
     if "loading" in result:
         loading = result["loading"]
+        seconds, tensors = (ranged(loading[key], digits=2) for key in ("load_s", "tensors_s"))
         text += (
-            f" Loading {loading['file_bytes']:,} bytes of file: {ranged(loading['load_s'], digits=2)} s, the tensors alone "
-            f"{ranged(loading['tensors_s'], digits=2)} s, {loading['bytes_s'] / 1e9:.2f} GB/s; {loading['host_bytes']:,} bytes of the host's memory at most."
+            f" Loading {loading['file_bytes']:,} bytes of file: {seconds} s, the tensors alone {tensors} s, "
+            f"{loading['bytes_s'] / 1e9:.2f} GB/s; {loading['host_bytes']:,} bytes of the host's memory at most."
         )
     return f"{text}\n\n{table}"
 
