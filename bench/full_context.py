@@ -40,7 +40,7 @@ def main() -> None:
     chunk = 512  # as in the guide's other tables
     plans = {length: program_memory(model, 1, length, prompt=chunk) for length in (context // 2, context)}
     temporaries = {length: plan.temp_size_in_bytes for length, plan in plans.items()}
-    workspace, cache = config.workspace_bytes(1, chunk, context), config.cache_bytes(1, context)
+    workspace, cache = model.workspace_bytes(1, chunk, context), config.cache_bytes(1, context)
     times = done.timings
     print(f"{config.name}{', tiny' if args.tiny else ''}: {len(prompt)} + {NEW_TOKENS} tokens in {seconds:.1f} s, "
           f"of which {times.compile_s:.1f} compiling, {times.ttft_s:.1f} to the first token")  # fmt: skip

@@ -32,11 +32,13 @@ def main() -> None:
     where = common.environment(model.device)
     print(f"{model.config.name}, weights {model.weights}, batch {args.batch}, on {where['device']}")
     held = model.memory()
-    print(f"weights: {held['weights_bytes']:,} bytes, by the formula {held['weights_formula_bytes']:,}")
+    print(f"weights: {held['weights_bytes']:,} bytes, by the formula {held['weights_formula_bytes']:,}; "
+          f"{held['packed_bytes']:,} more for the single-row kernel")  # fmt: skip
     rows = list(by_length(model, args))
     result = {
         "bench": "memory", "batch": args.batch, "chunk": args.chunk, "weights_bytes": held["weights_bytes"],
-        "weights_formula_bytes": held["weights_formula_bytes"], "kv_bytes_per_token": held["kv_bytes_per_token"],
+        "weights_formula_bytes": held["weights_formula_bytes"], "packed_bytes": held["packed_bytes"],
+        "kv_bytes_per_token": held["kv_bytes_per_token"],
         "rows": rows,
     }  # fmt: skip
     if args.preset is None:
@@ -57,7 +59,7 @@ def by_length(model: LanguageModel, args: argparse.Namespace) -> Iterator[dict[s
         chunk = min(args.chunk, length)
         decode = program_memory(model, args.batch, length).temp_size_in_bytes
         prefill = program_memory(model, args.batch, length, prompt=chunk).temp_size_in_bytes
-        expected = model.config.workspace_bytes(args.batch, chunk, length)
+        expected = model.workspace_bytes(args.batch, chunk, length)
         print(f"{length:>7}{arrays:>17,}{formula:>17,}{decode:>15,}{prefill:>16,}{expected:>16,}", flush=True)
         yield {
             "cache_tokens": length, "cache_bytes": arrays, "cache_formula_bytes": formula, "decode_temporary": decode,

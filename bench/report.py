@@ -176,8 +176,10 @@ def memory(result: Result) -> str:
             for row in result["rows"]
         ),
     )  # fmt: skip
+    more = result.get("packed_bytes", 0)  # younger than some results
+    packed = f", and {more:,} of a copy for the single-row kernel" if more else ""
     text = (
-        f"Weights {result['weights_bytes']:,} bytes (formula {result['weights_formula_bytes']:,}); "
+        f"Weights {result['weights_bytes']:,} bytes (formula {result['weights_formula_bytes']:,}){packed}; "
         f"{result['kv_bytes_per_token']:,} bytes of cache a token and row."
     )
     if "loading" in result:
@@ -191,14 +193,16 @@ def memory(result: Result) -> str:
 
 
 def full_context(results: list[Result]) -> str:
-    columns = ("model", "device", "context", "seconds", "cache, bytes", "temporaries at half of it", "at all of it",
-               "by the formula")  # fmt: skip
+    columns = (
+        "model", "device", "context", "seconds, of which compiling", "cache, bytes", "temporaries at half of it",
+        "at all of it", "by the formula",
+    )  # fmt: skip
     return grid(
         columns,
         (
             (
                 f"{result['model']}{', made tiny' if result['tiny'] else ''}", result["device"], result["context"],
-                f"{result['seconds'] - result['compile_s']:.1f}", f"{result['cache_bytes']:,}",
+                f"{result['seconds']:.1f} ({result['compile_s']:.1f})", f"{result['cache_bytes']:,}",
                 *(f"{count:,}" for count in result["temporaries"]), f"{result['workspace_formula_bytes']:,}",
             )
             for result in results

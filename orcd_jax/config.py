@@ -126,16 +126,18 @@ class ModelConfig:
         row = self.cache.row_bytes(self.head_dim, self.activation_dtype.itemsize, self.sliding_window, length)
         return batch * self.n_layers * self.n_kv_heads * row
 
-    def workspace_bytes(self, batch: int, chunk: int, length: int) -> int:
+    def workspace_bytes(self, batch: int, chunk: int, length: int, fused: bool = False) -> int:
         """Estimated bytes of temporaries when `chunk` tokens a row run against a cache of `length`.
 
-        The larger of a block's activations (attention scores in float32, twice, as plain XLA writes them) and the
-        head (logits in float32, sorted for sampling), beside the residual stream.
+        The larger of a block's activations and the head (logits in float32, sorted for sampling), beside the residual
+        stream. Of attention: its scores in float32, twice, as plain XLA writes them; where it is `fused`, a kernel that
+        keeps them to itself, no more than the keys and values that it reads, if they must be put together first.
         """
         item = self.activation_dtype.itemsize
         tokens = batch * chunk
         scores = 2 * 4 * tokens * self.n_heads * length
-        block = scores + tokens * (3 * 4 * self.d_ff + 2 * item * self.d_model)
+        attention = self.cache_bytes(batch, length) // self.n_layers if fused else scores
+        block = attention + tokens * (3 * 4 * self.d_ff + 2 * item * self.d_model)
         head = 4 * 4 * batch * self.vocab_size
         return max(block, head) + tokens * self.d_model * item
 

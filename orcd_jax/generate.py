@@ -498,7 +498,7 @@ def _estimate(args: argparse.Namespace, interrupts: _Interrupts) -> int:
     with interrupts.held():
         from orcd_jax.cache_policy import CachePolicy
         from orcd_jax.device import available_bytes, human_bytes, select_device
-        from orcd_jax.language_model import choose_weights, configure, inspect, matrix_types
+        from orcd_jax.language_model import attention_is_fused, choose_weights, configure, inspect, matrix_types
 
     device = select_device(args.device)
     file, config = inspect(args.model, args.context, progress=not args.quiet)
@@ -512,7 +512,9 @@ def _estimate(args: argparse.Namespace, interrupts: _Interrupts) -> int:
         "weights_bytes": config.weight_bytes(weights),
         "kv_bytes_per_token": config.cache_bytes(1, 1),
         "kv_bytes": config.cache_bytes(1, context),
-        "workspace_bytes": config.workspace_bytes(1, min(512, context), context),
+        "workspace_bytes": config.workspace_bytes(
+            1, min(512, context), context, attention_is_fused(config, device, args.kernels)
+        ),
         "available_bytes": available_bytes(device),
     }
     total = report["weights_bytes"] + report["kv_bytes"] + report["workspace_bytes"]  # type: ignore[operator]

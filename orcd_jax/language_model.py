@@ -33,6 +33,7 @@ from orcd_jax.loader import Params, load_params
 from orcd_jax.prefix import Prefix, digest, load_prefix
 from orcd_jax.sampling import Method, Sampling, method_of, row_keys, value_dtype
 from orcd_jax.tokenizer import StreamDecoder, Tokenizer
+from pallas_kernels.flash_attention import HEAD_WIDTHS
 from pallas_kernels.implementation import on_hopper
 
 Kernels = Literal["auto", "xla", "mosaic_gpu"]
@@ -261,6 +262,7 @@ class LanguageModel:
         self.config, self.params, self.tokenizer, self.template = config, params, tokenizer, template
         self.context, self.weights, self.device, self.load_s = context, weights, device, load_s
         self.kernels = kernels
+        self._fused = attention_is_fused(config, device, kernels)
         self._buckets = _BUCKETS.get(device.platform, _BUCKETS["gpu"])
         self._programs: dict[Any, jax.stages.Compiled] = {}
         self._lock = threading.Lock()
@@ -467,21 +469,28 @@ class LanguageModel:
         """Bytes by formula and as they are.
 
         Returns:
-          weights_bytes: of the parameters as held; weights_formula_bytes: as the config says.
+          weights_bytes: of the parameters as held; weights_formula_bytes: as the config says; packed_bytes: of the
+            copy that the kernel for single rows reads, if there is one.
           kv_bytes_per_token, kv_bytes: of one row's cache, for a token and for the whole context.
           workspace_formula_bytes: for one row's largest prefill chunk; workspace_bytes: the most temporary memory of
             any program compiled so far; peak_bytes: the most in use so far on the device (of the process on a CPU).
         """
         config, chunk = self.config, self._buckets.prefill[-1]
+        packed = sum(x.nbytes for x in jax.tree.leaves(self.params.get(single_row.PACKED, ())))
         return {
-            "weights_bytes": sum(x.nbytes for x in jax.tree.leaves(self.params)),
+            "weights_bytes": sum(x.nbytes for x in jax.tree.leaves(self.params)) - packed,
             "weights_formula_bytes": config.weight_bytes(self.weights),
+            "packed_bytes": packed,
             "kv_bytes_per_token": config.cache_bytes(1, 1),
             "kv_bytes": config.cache_bytes(1, self.context),
-            "workspace_formula_bytes": config.workspace_bytes(1, min(chunk, self.context), self.context),
+            "workspace_formula_bytes": self.workspace_bytes(1, min(chunk, self.context), self.context),
             "workspace_bytes": max(map(_temporary_bytes, self._programs.values()), default=0),
             "peak_bytes": peak_bytes(self.device),
         }
+
+    def workspace_bytes(self, batch: int, chunk: int, length: int) -> int:
+        """As `ModelConfig.workspace_bytes`, for the kernels that this model runs on."""
+        return self.config.workspace_bytes(batch, chunk, length, self._fused)
 
     def _not_finite(self, ids: list[int]) -> NonFiniteError:
         """The error for a sequence whose logits are not finite; names the part of the model where that begins."""
@@ -582,7 +591,8 @@ class LanguageModel:
         """Refuse a request whose cache and workspace do not fit, saying how long a context would."""
 
         def required(config: ModelConfig, length: int) -> int:
-            return config.cache_bytes(batch, length) + config.workspace_bytes(batch, min(chunk, length), length) + extra
+            workspace = config.workspace_bytes(batch, min(chunk, length), length, self._fused)
+            return config.cache_bytes(batch, length) + workspace + extra
 
         def advice(available: int) -> str:
             def longest(config: ModelConfig) -> int:
@@ -825,6 +835,14 @@ def _check_kernels(kernels: str, device: jax.Device) -> None:
     with jax.default_device(device):
         if kernels == "mosaic_gpu" and not on_hopper():
             raise RequestError(f"kernels is {kernels!r}, which needs an NVIDIA Hopper GPU and jax 0.11.2 or newer")
+
+
+def attention_is_fused(config: ModelConfig, device: jax.Device, kernels: Kernels = "auto") -> bool:
+    """Whether attention runs on a kernel that keeps its scores to itself."""
+    if kernels == "xla" or config.activation_dtype != jnp.bfloat16 or config.head_dim not in HEAD_WIDTHS:
+        return False
+    with jax.default_device(device):
+        return on_hopper()
 
 
 def load(

@@ -20,6 +20,8 @@ from jax import lax
 
 from pallas_kernels.implementation import dispatch
 
+HEAD_WIDTHS = 64, 96, 128  # that the kernels take
+
 Rows = jax.Array | tuple[jax.Array, jax.Array]
 """Rows [B, K, S, H], or int8 values [B, K, S, H] with their float16 scales [B, K, S]."""
 

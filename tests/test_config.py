@@ -389,3 +389,6 @@ def test_workspace_grows_with_what_it_holds():
     block = 2 * 4 * 512 * 14 * 32768 + 512 * (3 * 4 * 4864 + 2 * 4 * 896)
     assert QWEN.workspace_bytes(1, 512, 32768) == block + 512 * 896 * 4
     assert QWEN.workspace_bytes(2, 512, 32768) == 2 * QWEN.workspace_bytes(1, 512, 32768)
+    # A kernel's scores stay inside; keys and values of a layer, if they must be put together.
+    held = 2 * 2 * 64 * 32768 * 4
+    assert QWEN.workspace_bytes(1, 512, 32768, fused=True) == held + 512 * (3 * 4 * 4864 + 3 * 4 * 896)

@@ -30,7 +30,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.flash_attention import Rows, Visibility
+from pallas_kernels.flash_attention import HEAD_WIDTHS, Rows, Visibility
 from pallas_kernels.tuning import choose
 
 Index = int | jax.Array
@@ -97,8 +97,8 @@ def flash_attention(
     scales = [*key_scales, *value_scales]
     if keys.dtype != stored or values.dtype != stored or len(key_scales) != len(value_scales):
         raise NotImplementedError("keys and values that are not both bfloat16, or both int8 with scales")
-    if width not in (64, 96, 128):
-        raise NotImplementedError(f"a head width of {width}, not 64, 96 or 128")
+    if width not in HEAD_WIDTHS:
+        raise NotImplementedError(f"a head width of {width}, not one of {HEAD_WIDTHS}")
     kv_heads, slots = keys.shape[1:3]
     if config is None:
         key = f"T={length} S={slots} N={heads} K={kv_heads} H={width} {jnp.dtype(stored).name}"
