@@ -12,12 +12,15 @@ import pytest
 import pallas_kernels
 from pallas_kernels import qkv_rope, qkv_rope_store, quant_matmul, rms_norm, swiglu
 from pallas_kernels.implementation import on_hopper
+from pallas_kernels.mosaic_gpu import products
 from pallas_kernels.mosaic_gpu import quant_matmul_skinny as skinny
 from pallas_kernels.qkv_rope import rotate
 from pallas_kernels.quant_matmul import reference
 
 needs_hopper = pytest.mark.skipif(not on_hopper(), reason="needs an NVIDIA Hopper GPU")
-lowers = pytest.mark.skipif(skinny._inline_ptx is None, reason="needs jax 0.11.2 or newer")
+lowers = pytest.mark.skipif(
+    not hasattr(jax.experimental.mosaic.gpu.utils, "inline_ptx"), reason="needs jax 0.11.2 or newer"
+)
 
 # out, in, tiles joined: query/key/value, output, gate and up, down, head of Qwen2.5-0.5B, Phi-3-mini and SmolLM2-135M
 SHAPES = [
@@ -97,9 +100,7 @@ def test_other_arguments_are_refused_by_name():
         return quant_matmul(x, weight, implementation="mosaic_gpu")
 
     def few_rows(x, values, scales):
-        return skinny.matmul(
-            x, values, scales, None, None, x.dtype, skinny.choose_config("quant_matmul", x, values, joined=1)
-        )
+        return products.matmul(skinny.run, x, values, scales, None, None, x.dtype)
 
     with pytest.raises(NotImplementedError, match="not int8 blocks"):
         multiply(x, values.astype(jnp.bfloat16))

@@ -8,10 +8,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.mosaic_gpu import products
 from pallas_kernels.mosaic_gpu import quant_matmul_large as large
-from pallas_kernels.mosaic_gpu import quant_matmul_skinny as skinny
-from pallas_kernels.mosaic_gpu import quant_matmul_small as small
-from pallas_kernels.mosaic_gpu.quant_matmul import kernel_for
+from pallas_kernels.mosaic_gpu.quant_matmul import RUN, kernel_for
 from pallas_kernels.qkv_rope import split_heads, store
 from pallas_kernels.quant_matmul import Weight, blocks
 from pallas_kernels.rms_norm import rms_norm
@@ -81,7 +80,5 @@ def _of_rows(
     rows = x.reshape(-1, x.shape[-1])
     # Angles may be given once for all rows of a batch.
     cos, sin = (jnp.broadcast_to(a, (*x.shape[:2], a.shape[-1])).reshape(len(rows), -1) for a in (cos, sin))
-    arguments = rows, norm, values, scales, bias, cos, sin, n_heads, n_kv_heads, eps
-    if kernel_for(x, values, normed=True) == "small":
-        return small.qkv_rope(*arguments, cache)
-    return skinny.qkv_rope(*arguments, skinny.choose_config("qkv_rope", rows, values, joined=2), cache)
+    run = RUN[kernel_for(x, values, normed=True)]
+    return products.qkv_rope(run, rows, norm, values, scales, bias, cos, sin, n_heads, n_kv_heads, eps, cache)

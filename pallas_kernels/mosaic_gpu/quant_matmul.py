@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.mosaic_gpu import products
 from pallas_kernels.mosaic_gpu import quant_matmul_large as large
 from pallas_kernels.mosaic_gpu import quant_matmul_skinny as skinny
 from pallas_kernels.mosaic_gpu import quant_matmul_small as small
 from pallas_kernels.quant_matmul import Weight, blocks
 from pallas_kernels.tuning import choose
 
+RUN: dict[str, products.Run] = {"skinny": skinny.run, "small": small.run}
 FEW = 8  # rows: half of a tensor core's operand
 SMALL = 300_000_000  # products, of all rows of x: with more, tensor cores at full rate win over short latencies
 
@@ -48,9 +50,5 @@ def quant_matmul(
     rows = x.reshape(-1, x.shape[-1])
     added = None if residual is None else residual.reshape(len(rows), -1)
     dtype = jnp.dtype(out_dtype or x.dtype)
-    if kernel == "small":
-        y = small.matmul(rows, values, scales, bias, added, dtype)
-    else:
-        config = skinny.choose_config("quant_matmul", rows, values, joined=1)
-        y = skinny.matmul(rows, values, scales, bias, added, dtype, config)
+    y = products.matmul(RUN[kernel], rows, values, scales, bias, added, dtype)
     return y.reshape(*x.shape[:-1], -1)

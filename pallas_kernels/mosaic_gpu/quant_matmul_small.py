@@ -1,10 +1,5 @@
 """Products of up to some hundred rows with block-quantised weights, for Hopper.
 
-    y[m, o] = epilogue(sum_b scales[o, b] * sum_i x[m, 32 b + i] values[o, 32 b + i])
-
-x may be normalised on the way in (RMSNorm); the epilogue adds a bias and a residual, or joins pairs of rows of the
-weights: silu(gate) * up, or a rotary position embedding.
-
 All that a CTA needs, `rows` rows of x and its share of the weights, is asked for when it starts, and waits in shared
 memory. Its share is `units` units for each of its groups of warps, of `tiles` tiles of 16 rows of weights each. The
 `split` warps of a group share the sum over the input, as do the CTAs of a cluster, of which each has a part of the
@@ -23,27 +18,20 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu import processors
+from pallas_kernels.mosaic_gpu import processors, products
 from pallas_kernels.mosaic_gpu import threads as t
+from pallas_kernels.mosaic_gpu.products import EIGHT, Pair, Product, Work
 from pallas_kernels.mosaic_gpu.threads import Scalar
 from pallas_kernels.quant_matmul import BLOCK
 from pallas_kernels.tuning import choose
 
-EIGHT = 8  # rows of weights or of x
 SHARED_BYTES = 231_000  # of a CTA
-
-Pair = tuple[Scalar, Scalar]
-Finish = Callable[[Sequence[Pair], Scalar], None]
-Pointers = dict[str, Scalar]
 
 
 @dataclass(frozen=True)
@@ -219,232 +207,29 @@ def search_space(m: int, out: int, width: int, normed: bool) -> Iterable[Config]
                 yield config
 
 
-# The three products
+def run(product: Product, config: Config | None = None) -> Sequence[jax.Array]:
+    """Run a product; `config` is for measurements.
 
-
-def matmul(
-    x: jax.Array,
-    values: jax.Array,
-    scales: jax.Array,
-    bias: jax.Array | None,
-    residual: jax.Array | None,
-    out_dtype: jnp.dtype,
-    config: Config | None = None,
-) -> jax.Array:
-    """x [M, in] bf16 times int8 blocks [out, in] plus bias [out] and residual [M, out] -> [M, out]."""
-    out = values.shape[0]
-
-    def rows(tile: Scalar) -> tuple[Scalar, Scalar]:
-        return tile * (2 * EIGHT), tile * (2 * EIGHT) + EIGHT
-
-    def epilogue(pointers: Pointers, m: Scalar, tile: Scalar, column: Scalar) -> Finish:
-        columns = [row + column for row in rows(tile)]
-        added: list[list[Pair]] = [[], []]
-        for own, column in zip(added, columns, strict=True):
-            if bias is not None:
-                own.append(_load_pair(pointers["bias"], column, bias.dtype))
-            if residual is not None:
-                own.append(_load_pair(pointers["residual"], m * out + column, residual.dtype))
-
-        def finish(sums: Sequence[Pair], exists: Scalar) -> None:
-            with t.when(exists):
-                for column, pair, own in zip(columns, sums, added, strict=True):
-                    _store_pair(pointers["out"], m * out + column, out_dtype, functools.reduce(_add, own, pair))
-
-        return finish
-
-    work = Work(rows, epilogue)
-    (y,) = _call(
-        "quant_matmul", x, values, scales, None, {"bias": bias, "residual": residual}, {"out": (out, out_dtype)},
-        work, config,
-    )  # fmt: skip
-    return y
-
-
-def gate_up(
-    x: jax.Array,
-    norm: jax.Array,
-    values: jax.Array,
-    scales: jax.Array,
-    eps: float,
-    config: Config | None = None,
-) -> jax.Array:
-    """silu(h Wg^T) * (h Wu^T), h = rms_norm(x): x [M, in] bf16, int8 blocks [2F, in] of Wg, then Wu -> [M, F] bf16."""
-    width = values.shape[0] // 2
-
-    def rows(tile: Scalar) -> tuple[Scalar, Scalar]:
-        return tile * EIGHT, tile * EIGHT + width
-
-    def epilogue(pointers: Pointers, m: Scalar, tile: Scalar, column: Scalar) -> Finish:
-        def finish(sums: Sequence[Pair], exists: Scalar) -> None:
-            gates, ups = sums
-            first, second = (
-                g * u * t.reciprocal(t.exp2(g * -math.log2(math.e)) + 1.0) for g, u in zip(gates, ups, strict=True)
-            )
-            with t.when(exists):
-                _store_pair(pointers["out"], m * width + tile * EIGHT + column, x.dtype, (first, second))
-
-        return finish
-
-    work = Work(rows, epilogue)
-    (y,) = _call("gate_up", x, values, scales, (norm, eps), {}, {"out": (width, x.dtype)}, work, config)
-    return y
-
-
-def qkv_rope(
-    x: jax.Array,
-    norm: jax.Array,
-    values: jax.Array,
-    scales: jax.Array,
-    bias: jax.Array | None,
-    cos: jax.Array,
-    sin: jax.Array,
-    n_heads: int,
-    n_kv_heads: int,
-    eps: float,
-    store: tuple[jax.Array, jax.Array, jax.Array] | None = None,
-    config: Config | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As the op, for x [M, D] bf16 and cos and sin [M, H / 2] -> q [M, N H], k and v [M, K H] bf16.
-
-    With `store`, keys and values [B, K, S, H] bf16 and slots int32 [B, T], M = B T: k and v are written to the slots
-    (to none where the slot is not below S), and keys and values as they are then take the place of k and v; in the
-    same memory where XLA can tell that nobody needs the old ones.
+    Raises:
+      NotImplementedError: for other dtypes and sizes, or what shared memory cannot hold.
     """
-    heads = n_heads + 2 * n_kv_heads
-    width = values.shape[0] // heads
-    half = width // 2
-    tiles = half // EIGHT  # of a head
-    if cos.shape[-1] != half or width % (2 * EIGHT):
-        raise NotImplementedError(f"heads of {width} of which {2 * cos.shape[-1]} are rotated")
-
-    def rows(tile: Scalar) -> tuple[Scalar, Scalar]:
-        first = tile // tiles * width + tile % tiles * EIGHT
-        return first, first + half
-
-    def epilogue(pointers: Pointers, m: Scalar, tile: Scalar, column: Scalar) -> Finish:
-        head, column = tile // tiles, tile % tiles * EIGHT + column
-        is_query, is_rotated = head < n_heads, head < n_heads + n_kv_heads
-        at = head * width + column
-        biases = [] if bias is None else [_load_pair(pointers["bias"], at + d, bias.dtype) for d in (0, half)]
-        cosines, sines = (_load_pair(pointers[name], m * half + column, jnp.float32) for name in ("cos", "sin"))
-        slot = t.load_global(pointers["slots"] + (m * 4).wide())[0] if store is not None else None
-
-        def finish(sums: Sequence[Pair], exists: Scalar) -> None:
-            if biases:
-                sums = [_add(s, b) for s, b in zip(sums, biases, strict=True)]
-            turned: list[list[Scalar]] = [[], []]
-            for a, b, cosine, sine in zip(*sums, cosines, sines, strict=True):
-                c, s = t.select(is_rotated, cosine, 1.0), t.select(is_rotated, sine, 0.0)
-                turned[0].append(t.fma(a, c, b * s * -1.0))
-                turned[1].append(t.fma(b, c, a * s))
-            own = head - t.select(
-                is_query, t.constant(0), t.select(is_rotated, t.constant(n_heads), n_heads + n_kv_heads)
-            )
-            place = m * (n_kv_heads * width) + own * width
-            if slot is not None and store is not None:
-                place = ((m // store[2].shape[1] * n_kv_heads + own) * store[0].shape[2] + slot) * width
-                exists = exists & (is_query | (slot < store[0].shape[2]))
-            place = t.select(is_query, m * (n_heads * width) + own * width, place) + column
-            target = t.select(is_query, pointers["q"], t.select(is_rotated, pointers["k"], pointers["v"]))
-            with t.when(exists):
-                for d, pair in zip((0, half), turned, strict=True):
-                    _store_pair(target, place + d, x.dtype, (pair[0], pair[1]))
-
-        return finish
-
-    inputs: dict[str, Any] = {"bias": bias, "cos": cos.astype(jnp.float32), "sin": sin.astype(jnp.float32)}
-    outs = {"q": (n_heads * width, x.dtype)}
-    work = Work(rows, epilogue)
-    if store is None:
-        outs |= {"k": (n_kv_heads * width, x.dtype), "v": (n_kv_heads * width, x.dtype)}
-        q, k, v = _call("qkv_rope", x, values, scales, (norm, eps), inputs, outs, work, config)
-        return q, k, v
-    keys, stored_values = (jax.new_ref(array) for array in store[:2])
-    inputs |= {"k": keys, "v": stored_values, "slots": store[2]}
-    (q,) = _call("qkv_rope_store", x, values, scales, (norm, eps), inputs, outs, work, config)
-    return q, keys[...], stored_values[...]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a product is made of: tiles of two times 8 rows of weights, and what becomes of their sums.
-
-    Attributes:
-      rows: number of a tile -> the first of each 8 rows.
-      epilogue: (pointers, row of x, tile, even column in 8) -> function of each 8 rows' sums, of this column and the
-        next one, and of whether the row and the tile exist, that stores the results. Called before the sums are known,
-        it asks for what it will need.
-    """
-
-    rows: Callable[[Scalar], tuple[Scalar, Scalar]]
-    epilogue: Callable[[Pointers, Scalar, Scalar, Scalar], Finish]
-
-
-def _call(
-    op: str,
-    x: jax.Array,
-    values: jax.Array,
-    scales: jax.Array,
-    norm: tuple[jax.Array, float] | None,
-    extra: dict[str, Any],
-    outs: dict[str, tuple[int, Any]],
-    work: Work,
-    config: Config | None,
-) -> Sequence[jax.Array]:
-    """Build and run the kernel.
-
-    Args:
-      norm: scale [in] and epsilon of an RMSNorm of x.
-      extra: more arrays or references for the epilogue, by name; None if there is none.
-      outs: the results' width and dtype, by name.
-      config: for measurements; otherwise the device's tuned one, or else the heuristic's.
-    """
-    m, width = x.shape
-    out = values.shape[0]
-    if x.dtype != jnp.bfloat16 or values.dtype != jnp.int8 or scales.dtype != jnp.float16:
-        raise NotImplementedError(f"rows of {x.dtype}, weights of {values.dtype} and scales of {scales.dtype}")
-    if m == 0 or out % (2 * EIGHT) or width % BLOCK or values.size >= 2**31:
-        raise NotImplementedError(f"{m} rows and weights {values.shape}")
+    operands, (m, width), out = product.operands(), product.x.shape, product.values.shape[0]
+    if m == 0 or out % (2 * EIGHT) or width % BLOCK:
+        raise NotImplementedError(f"{m} rows and weights {product.values.shape}")
     if config is None:
-        settings = m, out, width, norm is not None
-        rows = -(-m // 8) * 8
-        config = choose(f"{op.removesuffix('_store')}_small", f"M={rows} out={out} in={width}", heuristic(*settings),
-                        functools.partial(search_space, *settings))  # fmt: skip
+        settings = m, out, width, product.norm is not None
+        key = f"M={-(-m // 8) * 8} out={out} in={width}"
+        space = functools.partial(search_space, *settings)
+        config = choose(f"{product.op}_small", key, heuristic(*settings), space)
     plan = Plan(m, width, out // (2 * EIGHT), config)
-    if not plan.valid() or (norm is not None and config.cluster > 1):
-        raise NotImplementedError(f"{m} rows and weights {values.shape} with {config}")
-    inputs = {"x": x, "values": values, "scales": scales, "norm": norm[0].astype(jnp.float32) if norm else None}
-    inputs = {name: array for name, array in (inputs | extra).items() if array is not None}
-    results = {name: jax.ShapeDtypeStruct((m, columns), dtype) for name, (columns, dtype) in outs.items()}
-    kernel = _Kernel(plan, work, [*inputs, *results], norm[1] if norm else None)
-    return _launch(op, kernel, list(inputs.values()), list(results.values()))
-
-
-def _launch(
-    name: str, kernel: _Kernel, operands: Sequence[Any], results: Sequence[jax.ShapeDtypeStruct]
-) -> Sequence[jax.Array]:
-    plan = kernel.plan
-
-    def body(*refs: Any) -> None:
-        inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-        inline(lambda _, *inner: kernel.emit(*inner))(*refs)
-
-    return plgpu.kernel(
-        body,
-        out_type=list(results),
-        scratch_types=[plgpu.SMEM((plan.shared_bytes // 4,), jnp.int32)],
-        grid=(plan.ctas * plan.row_groups,),
-        grid_names=("cta",),
-        cluster=(plan.config.cluster,),
-        cluster_names=("rank",),
-        num_threads=plan.config.warps // 4,
-        thread_name="warpgroup",
-        kernel_name=name,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
-    )(*operands)
+    if not plan.valid() or (product.norm is not None and config.cluster > 1):
+        raise NotImplementedError(f"{m} rows and weights {product.values.shape} with {config}")
+    results = product.results()
+    kernel = _Kernel(plan, product.work, [*operands, *results], product.norm[1] if product.norm else None)
+    return products.launch(
+        product.name, kernel.emit, list(operands.values()), list(results.values()),
+        plan.ctas * plan.row_groups * config.cluster, config.warps, plan.shared_bytes, config.cluster,
+    )  # fmt: skip
 
 
 class _Kernel:
@@ -487,6 +272,12 @@ class _Kernel:
         t.loop(0, t.kept(t.constant(config.units)), 1, [], self._unit)
         if config.cluster > 1:
             self._finish_cluster()
+
+    def _rows(self, tile: Scalar) -> tuple[Scalar, Scalar]:
+        """The first of each 8 rows of a tile: joined ones, or neighbours."""
+        work = self.work
+        found = work.rows(tile) if work.joined == 2 else [*work.rows(tile * 2), *work.rows(tile * 2 + 1)]
+        return found[0], found[1]
 
     def _tile(self, unit: Scalar, index: Scalar) -> tuple[Scalar, Scalar]:
         """A tile, counted through the units of all groups in a turn, and whether it exists; the last one if not."""
@@ -533,7 +324,7 @@ class _Kernel:
         target = self.weights + unit * plan.unit_bytes
 
         def first_row(eight: Scalar) -> Scalar:
-            return t.select((eight & 1).equals(0), *self.work.rows(self._tile(unit, eight >> 1)[0]))
+            return t.select((eight & 1).equals(0), *self._rows(self._tile(unit, eight >> 1)[0]))
 
         def row(index: Scalar) -> Sequence[Scalar]:
             eight, row = index // EIGHT, index % EIGHT
@@ -666,9 +457,15 @@ class _Kernel:
         plan = self.plan
         tile, exists = self._tile(unit, group * self.config.tiles + t.minimum(item, plan.items - 1) // plan.parts)
         row = self.first_row + item % plan.parts * 8 + self.row
-        finish = self.work.epilogue(self.pointers, t.minimum(row, plan.m - 1), tile, self.quarter * 2)
-        exists = exists & (row < plan.m) & (item < plan.items)
-        return lambda pairs: finish(pairs, exists)
+        m, exists = t.minimum(row, plan.m - 1), exists & (row < plan.m) & (item < plan.items)
+        tiles = [tile] if self.work.joined == 2 else [tile * 2, tile * 2 + 1]
+        finishes = [self.work.epilogue(self.pointers, m, own, self.quarter * 2, None) for own in tiles]
+
+        def finish(pairs: Sequence[Pair]) -> None:
+            for i, one in enumerate(finishes):
+                one(pairs if len(finishes) == 1 else pairs[i : i + 1], exists)
+
+        return finish
 
     # A cluster's sums.
 
@@ -703,24 +500,3 @@ def _total(parts: Sequence[Scalar]) -> Scalar:
     while len(parts) > 1:
         parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)] + list(parts[len(parts) & ~1 :])
     return parts[0]
-
-
-def _add(a: Pair, b: Pair) -> Pair:
-    return a[0] + b[0], a[1] + b[1]
-
-
-def _load_pair(pointer: Scalar, index: Scalar, dtype: Any) -> Pair:
-    """Elements `index`, even, and the next one of an array of bfloat16 or float32, as float32."""
-    if jnp.dtype(dtype).itemsize == 2:
-        first, second = t.unpack_bf16(t.load_global(pointer + (index * 2).wide())[0])
-    else:
-        first, second = (word.float() for word in t.load_global(pointer + (index * 4).wide(), 2))
-    return first, second
-
-
-def _store_pair(pointer: Scalar, index: Scalar, dtype: Any, pair: Pair) -> None:
-    """The opposite of `_load_pair`."""
-    if jnp.dtype(dtype).itemsize == 2:
-        t.store_global(pointer + (index * 2).wide(), t.pack_bf16(*pair))
-    else:
-        t.store_global(pointer + (index * 4).wide(), *pair)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import jax
 
+from pallas_kernels.mosaic_gpu import products
 from pallas_kernels.mosaic_gpu import quant_matmul_large as large
-from pallas_kernels.mosaic_gpu import quant_matmul_skinny as skinny
-from pallas_kernels.mosaic_gpu import quant_matmul_small as small
-from pallas_kernels.mosaic_gpu.quant_matmul import kernel_for, quant_matmul
+from pallas_kernels.mosaic_gpu.quant_matmul import RUN, kernel_for, quant_matmul
 from pallas_kernels.quant_matmul import Weight, blocks
 from pallas_kernels.rms_norm import rms_norm
 
@@ -23,10 +22,5 @@ def swiglu(x: jax.Array, norm: jax.Array, gate_up: Weight, down: Weight, eps: fl
         active = large.gate_up(rms_norm(x, norm, eps), values, scales)
     else:
         rows = x.reshape(-1, x.shape[-1])
-        if kernel == "small":
-            active = small.gate_up(rows, norm, values, scales, eps)
-        else:
-            config = skinny.choose_config("gate_up", rows, values, joined=2)
-            active = skinny.gate_up(rows, norm, values, scales, eps, config)
-        active = active.reshape(*x.shape[:-1], -1)
+        active = products.gate_up(RUN[kernel], rows, norm, values, scales, eps).reshape(*x.shape[:-1], -1)
     return quant_matmul(active, down, None, x, None)

@@ -148,12 +148,25 @@ def select(condition: Scalar, a: Scalar, b: Scalar | int | float) -> Scalar:
 
 
 @contextlib.contextmanager
-def when(condition: Scalar) -> Iterator[None]:
-    """Code that runs only in threads where the condition holds."""
+def when(condition: Scalar | None) -> Iterator[None]:
+    """Code that runs only in threads where the condition holds, or in all without one."""
+    if condition is None:
+        yield
+        return
     op = _scf.IfOp(condition.value)
     with ir.InsertionPoint(op.then_block):
         yield
         scf.yield_([])
+
+
+def either(condition: Scalar, body: Callable[[], Sequence[Scalar]], otherwise: Sequence[Scalar]) -> list[Scalar]:
+    """What `body` gives in threads where the condition holds, and `otherwise` in the others."""
+    op = _scf.IfOp(condition.value, [x.type for x in otherwise], has_else=True)
+    with ir.InsertionPoint(op.then_block):
+        scf.yield_([x.value for x in body()])
+    with ir.InsertionPoint(op.else_block):
+        scf.yield_([x.value for x in otherwise])
+    return [Scalar(r) for r in op.results]
 
 
 def loop(
@@ -204,6 +217,11 @@ def kept(x: Scalar) -> Scalar:
     return ptx("shfl.sync.bfly.b32 $0, $1, 0, 31, -1;", x, results=[i32()], convergent=True)[0]
 
 
+def first_of_warp(x: Scalar) -> Scalar:
+    """x of the warp's first thread: the compiler knows then that all threads have the same."""
+    return ptx("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", x, results=[i32()], convergent=True)[0]
+
+
 def block_index() -> Scalar:
     return Scalar(arith.index_cast(i32(), gpu.block_id(gpu.Dimension.x)))
 
@@ -243,16 +261,35 @@ def store_shared(address: Scalar, *words: Scalar, offset: int = 0) -> None:
     ptx(f"st.shared{vector}.b32 [${len(words)} + {offset}], {names};", *words, address)
 
 
-def load_global(address: Scalar, words: int = 1, offset: int = 0, how: str = "") -> list[Scalar]:
-    """`how` is a PTX qualifier, e.g. ".relaxed.gpu"."""
+def _load(kind: str, address: Scalar, words: int, offset: int, where: Scalar | None) -> list[Scalar]:
     vector, names = _vector(words)
-    return ptx(f"ld{how}.global{vector}.b32 {names}, [${words} + {offset}];", address, results=[i32()] * words)
+    code = f"ld{kind}{vector}.b32 {names}, [${words} + {offset}];"
+    if where is None:
+        return ptx(code, address, results=[i32()] * words)
+    zeros = "".join(f" @!${words + 1} mov.b32 ${i}, 0;" for i in range(words))
+    return ptx(f"@${words + 1} {code}{zeros}", address, where, results=[i32()] * words)
 
 
-def load_constant(address: Scalar, words: int = 1, offset: int = 0, how: str = "") -> list[Scalar]:
-    """Global memory that nobody writes meanwhile. `how` is e.g. ".L1::no_allocate"."""
-    vector, names = _vector(words)
-    return ptx(f"ld.global.nc{how}{vector}.b32 {names}, [${words} + {offset}];", address, results=[i32()] * words)
+def load_global(
+    address: Scalar, words: int = 1, offset: int = 0, how: str = "", where: Scalar | None = None
+) -> list[Scalar]:
+    """`how` is a PTX qualifier, e.g. ".relaxed.gpu". Zeros where not `where`."""
+    return _load(f"{how}.global", address, words, offset, where)
+
+
+def load_constant(
+    address: Scalar, words: int = 1, offset: int = 0, how: str = "", where: Scalar | None = None
+) -> list[Scalar]:
+    """Global memory that nobody writes meanwhile. `how` is e.g. ".L1::no_allocate". Zeros where not `where`."""
+    return _load(f".global.nc{how}", address, words, offset, where)
+
+
+def load_constant_half(address: Scalar, offset: int, where: Scalar | None) -> Scalar:
+    """As `load_constant`, 16 bits as the low half of a word."""
+    code = f"ld.global.nc.b16 h, [$1 + {offset}]; cvt.u32.u16 $0, h; }}"
+    if where is None:
+        return ptx("{ .reg .b16 h; " + code, address, results=[i32()])[0]
+    return ptx("{ .reg .b16 h; mov.b16 h, 0; @$2 " + code, address, where, results=[i32()])[0]
 
 
 def store_global(address: Scalar, *words: Scalar, offset: int = 0, how: str = "") -> None:

@@ -1,4 +1,6 @@
-"""The Hopper kernel for up to some hundred rows: its plans, and its threads' code run on the CPU."""
+"""The Hopper kernels that take tokens as rows: their plans, and their threads' code run on the CPU."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,8 @@ import pytest
 import simt
 
 from pallas_kernels.implementation import on_hopper
+from pallas_kernels.mosaic_gpu import products
+from pallas_kernels.mosaic_gpu import quant_matmul_skinny as skinny
 from pallas_kernels.mosaic_gpu import quant_matmul_small as small
 from pallas_kernels.mosaic_gpu.quant_matmul import kernel_for
 from pallas_kernels.mosaic_gpu.quant_matmul_small import Config
@@ -20,26 +24,13 @@ if not hasattr(jax.experimental.mosaic.gpu.utils, "inline_ptx"):
 
 @pytest.fixture(autouse=True)
 def simulated(monkeypatch):
-    if on_hopper():
-        return
+    if not on_hopper():
+        monkeypatch.setattr(products, "launch", simt.launch)
 
-    def launch(name, kernel, operands, results):
-        plan = kernel.plan
-        values = [x[...] for x in operands]
-        poisoned = [np.full(x.shape, np.nan, x.dtype) for x in results]
-        blocks = plan.ctas * plan.row_groups * plan.config.cluster
-        memory = simt.run(
-            lambda _, *refs: kernel.emit(*refs), [*map(np.asarray, values), *poisoned], [plan.shared_bytes], blocks,
-            32 * plan.config.warps, plan.config.cluster,
-        )  # fmt: skip
-        for operand, value, found in zip(operands, values, memory, strict=False):
-            if isinstance(operand, jax.Array):
-                np.testing.assert_array_equal(np.asarray(value, np.float32), np.asarray(found, np.float32))
-            else:
-                operand[...] = jnp.asarray(found)
-        return [jnp.asarray(x) for x in memory[len(operands) :]]
 
-    monkeypatch.setattr(small, "_launch", launch)
+def runner(config):
+    """The kernel whose configuration it is, with it."""
+    return partial((small if isinstance(config, Config) else skinny).run, config=config)
 
 
 def normal(seed, *shape, dtype=jnp.float32, std=1.0):
@@ -73,6 +64,14 @@ CASES = {
     "a cluster": (16, 48, 768, Config(16, 4, 4, 1, 2, 4)),
     "a cluster of three, shares of two sizes": (9, 80, 960, Config(16, 4, 4, 1, 2, 3)),
     "a cluster of groups": (64, 144, 512, Config(64, 8, 4, 1, 2, 2)),
+    # warps, split, tiles, chunk, depth, resident
+    "skinny, a row": (1, 48, 256, skinny.Config(4, 4, 1, 2, 1)),
+    "skinny, eight rows, a share left over": (8, 40, 320, skinny.Config(4, 4, 1, 2, 2)),
+    "skinny, steps": (3, 24, 1024, skinny.Config(4, 2, 2, 4, 2)),
+    "skinny, a group a warp": (5, 72, 96, skinny.Config(4, 1, 1, 1, 2)),
+    "skinny, in turn": (7, 1100 * 8, 64, skinny.Config(4, 2, 2, 1, 1, 1)),
+    "skinny, in turn with steps": (2, 600 * 8, 256, skinny.Config(4, 1, 1, 4, 1, 1)),
+    "skinny, scales one by one": (4, 32, 160, skinny.Config(4, 4, 1, 1, 1)),
 }
 
 
@@ -103,13 +102,14 @@ def test_the_kernel_follows_from_the_size():
 def test_what_does_not_fit_is_refused():
     x, weight = jnp.zeros((16, 16384), jnp.bfloat16), random_weight(2, 48, 16384)
     with pytest.raises(NotImplementedError, match="more than shared memory holds"):
-        small.gate_up(x, jnp.ones(16384), *weight, 1e-6)
+        products.gate_up(small.run, x, jnp.ones(16384), *weight, 1e-6)
     with pytest.raises(NotImplementedError, match="Config"):
-        small.matmul(x[:, :64], *random_weight(2, 48, 64), None, None, x.dtype, Config(16, 4, 4, 1, 1, 4))
+        run = runner(Config(16, 4, 4, 1, 1, 4))
+        products.matmul(run, x[:, :64], *random_weight(2, 48, 64), None, None, x.dtype)
     with pytest.raises(NotImplementedError, match="float32"):
-        small.matmul(x.astype(jnp.float32), *weight, None, None, x.dtype)
+        products.matmul(small.run, x.astype(jnp.float32), *weight, None, None, x.dtype)
     with pytest.raises(NotImplementedError, match=r"weights \(40, 64\)"):
-        small.matmul(x[:, :64], *random_weight(2, 40, 64), None, None, x.dtype)
+        products.matmul(small.run, x[:, :64], *random_weight(2, 40, 64), None, None, x.dtype)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -119,20 +119,21 @@ def test_matmul(case, extras):
     x, weight = normal(1, m, width, dtype=jnp.bfloat16), random_weight(2, out, width)
     bias, residual = (normal(3, out), normal(4, m, out, dtype=jnp.bfloat16)) if extras else (None, None)
     dtype = jnp.bfloat16 if extras else jnp.float32
-    y = small.matmul(x, *weight, bias, residual, jnp.dtype(dtype), config)
+    y = products.matmul(runner(config), x, *weight, bias, residual, jnp.dtype(dtype))
     assert y.dtype == dtype
     agree(y, reference(x.astype(jnp.float32), weight, bias, residual), 4e-3 if extras else 1e-5)
 
 
 @pytest.mark.parametrize("config", [
-    Config(8, 4, 4, 1, 1), Config(8, 4, 1, 1, 2), Config(16, 8, 4, 2, 1), Config(16, 4, 4, 1, 3), Config(16, 4, 4, 2, 2)
+    Config(8, 4, 4, 1, 1), Config(8, 4, 1, 1, 2), Config(16, 8, 4, 2, 1), Config(16, 4, 4, 1, 3),
+    Config(16, 4, 4, 2, 2), skinny.Config(4, 4, 2, 3, 1), skinny.Config(16, 4, 2, 1, 2), skinny.Config(8, 2, 4, 3, 1),
 ])  # fmt: skip
 def test_gate_up(config):
-    m, width, units = 13 if config.rows > 8 else 6, 288, 40
+    m, width, units = 13 if getattr(config, "rows", 8) > 8 else 6, 288, 40
     x, norm = normal(1, m, width, dtype=jnp.bfloat16), 1 + normal(2, width, std=0.1)
     x = x.at[0].multiply(jnp.bfloat16(1e4)).at[1].multiply(jnp.bfloat16(1e-3))
     weight = random_weight(3, 2 * units, width)
-    y = small.gate_up(x, norm, *weight, 1e-6, config=config)
+    y = products.gate_up(runner(config), x, norm, *weight, 1e-6)
     h = rms_norm(x, norm, 1e-6).astype(jnp.float32)
     gate, linear = jnp.split(reference(h, weight, out_dtype=jnp.float32), 2, axis=-1)
     for row, expected in zip(y, jax.nn.silu(gate) * linear, strict=True):
@@ -140,11 +141,14 @@ def test_gate_up(config):
 
 
 @pytest.mark.parametrize("stored", [False, True])
-@pytest.mark.parametrize(
-    "config", [Config(8, 4, 2, 1, 2), Config(16, 4, 4, 1, 1), Config(16, 4, 2, 2, 2), Config(32, 4, 4, 1, 3)]
-)
+@pytest.mark.parametrize("config", [
+    Config(8, 4, 2, 1, 2), Config(16, 4, 4, 1, 1), Config(16, 4, 2, 2, 2), Config(32, 4, 4, 1, 3),
+    skinny.Config(4, 2, 2, 1, 2), skinny.Config(8, 4, 4, 1, 1, 1),
+])  # fmt: skip
 def test_qkv_rope(config, stored):
-    batch, length, n, k, head_dim, width = (2, 3, 3, 1, 32, 96) if config.rows == 8 else (2, 13, 3, 2, 16, 128)
+    batch, length, n, k, head_dim, width = (
+        (2, 3, 3, 1, 32, 96) if getattr(config, "rows", 8) == 8 else (2, 13, 3, 2, 16, 128)
+    )
     m = batch * length
     x, norm = normal(1, batch, length, width, dtype=jnp.bfloat16), 1 + normal(2, width, std=0.1)
     weight, bias = random_weight(3, (n + 2 * k) * head_dim, width), normal(6, (n + 2 * k) * head_dim)
@@ -154,8 +158,8 @@ def test_qkv_rope(config, stored):
     slots = slots.at[0, 0].set(15).at[1, 1].set(-1)  # nowhere
     cache = (keys, values, slots) if stored else None
     flat = x.reshape(m, width)
-    q, *rest = small.qkv_rope(
-        flat, norm, *weight, bias, cos.reshape(m, -1), sin.reshape(m, -1), n, k, 1e-6, cache, config=config
+    q, *rest = products.qkv_rope(
+        runner(config), flat, norm, *weight, bias, cos.reshape(m, -1), sin.reshape(m, -1), n, k, 1e-6, cache
     )
     h = rms_norm(x, norm, 1e-6).astype(jnp.float32)
     expected_q, *expected = split_heads(reference(h, weight, bias), cos, sin, n, k)
