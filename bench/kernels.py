@@ -172,7 +172,7 @@ def all_cases(quick: bool) -> list[Case]:
     cases += [matmul(64, 16384, 3072), matmul(2048, 16384, 3072)]
     for model, preset in PRESETS.items():
         config = ModelConfig.from_preset(preset)
-        for m in (1, 64, 2048):
+        for m in (1, 16, 64, 2048):
             cases.append(swiglu(model, m, config.d_model, config.d_ff))
             cases.append(qkv_rope(model, m, config.d_model, config.n_heads, config.n_kv_heads, config.head_dim))
             cases.append(rms_norm(m, config.d_model))

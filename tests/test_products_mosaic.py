@@ -96,6 +96,7 @@ def test_the_kernel_follows_from_the_size():
 
     assert [kernel(m, 1152, 896) for m in (1, 8, 9, 64, 2048)] == ["skinny", "skinny", "small", "small", "large"]
     assert [kernel(m, 9728, 896) for m in (16, 64)] == ["small", "large"]
+    assert kernel(8, 16384, 3072) == "skinny"
     assert kernel(16, 16384, 3072) == "large"  # more than the shared memory of all multiprocessors
 
 

@@ -149,6 +149,20 @@ def test_lowers(rows):
         assert f"{name}_mosaic_gpu" in text
 
 
+@lowers
+@pytest.mark.parametrize("rows", [1, 24])
+def test_lowers_under_vmap(rows):
+    x, norm, weight, bias, cos, sin = qkv_arguments((rows, 1), 3, 1, 32, 96)
+    keys, slots = jnp.zeros((2, rows, 1, 8, 32), jnp.bfloat16), jnp.zeros((2, rows, 1), jnp.int32)
+
+    def store(x, keys, values, slots):
+        return qkv_rope_store(x, norm, weight, bias, cos, sin, keys, values, slots, n_heads=3, eps=1e-6)
+
+    with pallas_kernels.use("mosaic_gpu"):
+        traced = jax.jit(jax.vmap(store)).trace(jnp.stack([x, x]), keys, keys, slots)
+    assert "qkv_rope_store_mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 # The op with the cache, in plain JAX
 
 

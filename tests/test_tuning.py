@@ -63,7 +63,7 @@ def test_the_tuner_learns_each_choice_and_its_space(rows):
             found.add(choice.op)
             assert {type(config) for config in choice.space()} == {type(choice.heuristic)}
     expected = {
-        1: {"qkv_rope", "quant_matmul", "gate_up", "flash_decode"},
+        1: {"kernel", "qkv_rope", "quant_matmul", "gate_up", "flash_decode"},
         16: {
             "kernel",
             "qkv_rope_small",

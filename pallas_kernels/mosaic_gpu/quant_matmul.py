@@ -30,13 +30,13 @@ class Kernel:
 def kernel_for(x: jax.Array, values: jax.Array, normed: bool = False) -> str:
     """The name of the kernel for rows x [..., in] times weights [out, in]; `normed`: it is to normalise them."""
     rows, (out, width) = math.prod(x.shape[:-1]), values.shape
-    if rows <= FEW:
-        return "skinny"
+    few = rows <= FEW
+    other = Kernel("skinny" if few else "large")
     if not any(small.search_space(rows, out, width, normed)):
-        return "large"
-    default = Kernel("small" if rows * out * width <= SMALL else "large")
-    key = f"M={-(-rows // 8) * 8} out={out} in={width}"
-    return choose("kernel", key, default, lambda: (Kernel("small"), Kernel("large"))).name
+        return other.name
+    default = other if few or rows * out * width > SMALL else Kernel("small")
+    key = f"M={rows if few else -(-rows // 8) * 8} out={out} in={width}"
+    return choose("kernel", key, default, lambda: (Kernel("small"), other)).name
 
 
 def quant_matmul(
