@@ -71,9 +71,8 @@ def main() -> None:
         for choice, best in tune(problem, args.most):
             table = found.setdefault(choice.op, {})
             table.pop(choice.key, None)
-            changed = {k: v for k, v in asdict(best).items() if v != getattr(choice.heuristic, k)}
-            if changed:
-                table[choice.key] = changed
+            if best != choice.heuristic:
+                table[choice.key] = asdict(best)
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"{device_slug()}.json"
     path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -165,30 +165,34 @@ class Plan:
 def heuristic(m: int, out: int, width: int, normed: bool) -> Config:
     """A configuration for m rows of x, to be normalised or not, times weights [out, width].
 
-    The least time by a rough model of an H100: the rounds of CTAs that it takes, and for each the bytes that it waits
-    for, the instructions of its warps, and its traffic with shared memory.
+    The least time by a model fitted to 900 runs of the shapes of Qwen2.5-0.5B on an H100, within 12 % of them.
 
     Raises:
       NotImplementedError: if there is none.
     """
 
-    def cycles(config: Config) -> float:
+    def microseconds(config: Config) -> float:
         plan = Plan(m, width, out // (2 * EIGHT), config)
         ctas = plan.ctas * plan.row_groups * config.cluster
-        together = max(1, min(SHARED_BYTES // plan.shared_bytes, 2048 // (32 * config.warps)))
-        rounds = -(-ctas // (processors() * together))
-        waves = ctas / processors() if rounds == 1 else rounds * together
-        blocks = config.units * plan.groups * plan.own_blocks
-        instructions = blocks * (plan.parts + 6 + config.tiles * (40 + 6 * plan.parts)) / 4
-        shared = 4 * blocks * plan.parts + 4 * config.units * plan.sums_bytes / 256
-        loading = (plan.x_bytes + config.units * plan.unit_bytes) / 40
-        norm = 170 * config.rows / 4 * plan.own_blocks / 28 if normed else 0
-        return max(1.0, waves) * (max(instructions, shared) + loading + norm) + 1500 * (rounds + (config.cluster > 1))
+        # A cluster of four or eight lies within one of the card's groups of 16 or 18 SMs.
+        room = processors() if config.cluster <= 2 else processors() // 16 * 16
+        threads, registers = 32 * config.warps, max(40, min(255, 4 * plan.items + 4 * plan.parts + 50))
+        together = max(1, min((SHARED_BYTES + 1024) // (plan.shared_bytes + 1024), 65536 // (threads * registers)))
+        rounds, busy = -(-ctas // (room * together)), -(-ctas // processors())
+        blocks = -(-plan.own_blocks // config.split) * config.units  # of a warp
+        instructions = blocks * (plan.parts + 6 + config.tiles * (40 + 6 * plan.parts)) * config.warps / 4
+        sums = config.units * plan.items * config.warps
+        bytes_ = plan.x_bytes + config.units * plan.unit_bytes
+        norm = config.rows * plan.own_blocks if normed else 0
+        return (
+            1.1 + rounds * (1.0 + 0.026 * blocks + 0.105 * config.units) + 0.83 * (config.cluster > 1)
+            + busy * (instructions / 5300 + sums / 105 + bytes_ / 67e3 + norm / 630) + ctas * bytes_ / 11e6
+        )  # fmt: skip
 
     space = list(search_space(m, out, width, normed))
     if not space:
         raise NotImplementedError(f"{m} rows times weights [{out}, {width}]: more than shared memory holds")
-    return min(space, key=cycles)
+    return min(space, key=microseconds)
 
 
 def search_space(m: int, out: int, width: int, normed: bool) -> Iterable[Config]:
