@@ -388,10 +388,10 @@ class _Kernel:
         t.wait(self.arrived + (unit + 1) * 8, t.constant(0))
         sums = self._multiply(unit)
         base = self.sums
-        if plan.buffers == 1:
-            t.synchronize(1, threads)  # what the unit before left has been collected
-        else:
+        if plan.buffers == 2:
             base = base + (unit & 1) * plan.sums_bytes
+        elif config.units > 1:
+            t.synchronize(1, threads)  # what the unit before left has been collected
         mine = base + (self.warp * 512 + self.lane * 8)
         for i in range(0, len(sums), 2):
             offset = 512 * config.warps * (i // 4) + 256 * (i // 2 % 2)
