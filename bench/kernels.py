@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +25,7 @@ from bench import common
 from orcd_jax.config import ModelConfig, array_bytes
 from orcd_jax.device import select_device
 from orcd_jax.probe import Ceilings, measure, measure_ceilings
-from orcd_jax.profile import Program, device_events, shares
+from orcd_jax.profile import Program, traced_shares
 from pallas_kernels.qkv_rope import rotate
 from pallas_kernels.tune import random_weight
 
@@ -122,16 +120,15 @@ def timed(function: Callable[..., Any], inputs: list[tuple[Any, ...]], repeat: i
     program = Program(compiled.as_text())
     first, second = compiled(*inputs[0]), compiled(*inputs[0])
     jax.block_until_ready(second)
-    times, options = [], jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
+
+    def run() -> None:
+        for arguments in inputs:
+            result = compiled(*arguments)
+        jax.block_until_ready(result)
+
+    times = []
     for _ in range(repeat):
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder, profiler_options=options):
-                for arguments in inputs:
-                    result = compiled(*arguments)
-                jax.block_until_ready(result)
-            (file,) = Path(folder).rglob("*.xplane.pb")
-            spans, total = shares(device_events(jax.profiler.ProfileData.from_file(str(file)), program))
+        spans, total = traced_shares(run, program)
         times.append((total - spans.get(None, 0.0)) / len(inputs))
     return times, first, second
 

@@ -16,6 +16,7 @@ import numpy as np
 from orcd_jax.cache import KVCache, init_cache
 from orcd_jax.config import ModelConfig
 from orcd_jax.errors import RequestError
+from orcd_jax.files import whole
 from orcd_jax.loader import Params
 
 
@@ -37,16 +38,10 @@ class Prefix:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the prefix to a file, for `LanguageModel.load_prefix`. The file appears whole or not at all."""
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
         arrays: dict[str, Any] = {f"cache_{i}": _bytes(x) for i, x in enumerate(jax.tree.leaves(self.cache))}
         arrays |= {"model": self.model, "ids": np.array(self.ids, np.int32), "length": self.length}
-        try:
-            with open(partial, "wb") as f:
-                np.savez(f, **arrays)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole(Path(path)) as partial, open(partial, "wb") as f:
+            np.savez(f, **arrays)
 
 
 def load_prefix(path: str | os.PathLike[str], config: ModelConfig, model: str, device: jax.Device) -> Prefix:

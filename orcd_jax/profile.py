@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -194,14 +194,8 @@ def profile(model: LanguageModel, batch: int, held: int, prompt: int | None, rep
     steps = 8 if prompt is None else 1
     probe = Probe(model, batch, held, prompt=prompt, steps=steps)
     times = [seconds / steps for seconds in measure(probe.run, repeat)]
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # it would take time of the host's
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            probe.run()
-        (file,) = Path(folder).rglob("*.xplane.pb")
-        program = Program(probe.compiled.as_text() or "")
-        spans, total = shares(device_events(jax.profiler.ProfileData.from_file(str(file)), program))
+    program = Program(probe.compiled.as_text() or "")
+    spans, total = traced_shares(probe.run, program)
     seconds: defaultdict[str, float] = defaultdict(float)
     unknown: defaultdict[str, float] = defaultdict(float)
     for name, span in spans.items():
@@ -246,6 +240,17 @@ def component_work(config: ModelConfig, weights: Any, batch: int, held: int, tok
         "SwiGLU": matrices(("swiglu", "gate_up"), ("swiglu", "down")),
         "head": (array_bytes(table, weights), 2 * batch * math.prod(table)),
     }  # fmt: skip
+
+
+def traced_shares(run: Callable[[], Any], program: Program) -> tuple[dict[str | None, float], float]:
+    """`shares` of what a program's instructions take while `run` runs under the profiler."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # it would take time of the host's
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            run()
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        return shares(device_events(jax.profiler.ProfileData.from_file(str(file)), program))
 
 
 def shares(events: Iterable[tuple[float, float, str]]) -> tuple[dict[str | None, float], float]:

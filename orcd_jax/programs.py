@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import os
 import pickle
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from jax.experimental import serialize_executable
 
 import pallas_kernels
 from orcd_jax import hub
+from orcd_jax.files import whole
 
 
 def _source() -> str:
@@ -64,7 +64,10 @@ def kept(compile: Callable[[], jax.stages.Compiled], device: jax.Device, args: A
         return serialize_executable.deserialize_and_load(binary, inputs, outputs, device.client, [device])
     program = compile()
     with contextlib.suppress(Exception):  # such as a full disk; the program runs all the same
-        _write(path, pickle.dumps(serialize_executable.serialize(program)))
+        data = pickle.dumps(serialize_executable.serialize(program))
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole(path) as partial:
+            partial.write_bytes(data)
     return program
 
 
@@ -89,14 +92,3 @@ def _key(device: jax.Device, args: Any, what: tuple[Any, ...]) -> str:
         what,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file that nobody sees before it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -4,9 +4,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import simt
+from test_quant_matmul_mosaic import agree, normal, random_weight
 
 from pallas_kernels.implementation import on_hopper
 from pallas_kernels.mosaic_gpu import products
@@ -31,23 +31,6 @@ def simulated(monkeypatch):
 def runner(config):
     """The kernel whose configuration it is, with it."""
     return partial((small if isinstance(config, Config) else skinny).run, config=config)
-
-
-def normal(seed, *shape, dtype=jnp.float32, std=1.0):
-    return jnp.asarray(std * np.random.default_rng(seed).standard_normal(shape), dtype)
-
-
-def random_weight(seed, out, width):
-    rng = np.random.default_rng(seed)
-    scales = (rng.uniform(-1.5, 1.5, (out, width // 32)) / (73 * width**0.5)).astype(np.float16)
-    return jnp.asarray(rng.integers(-128, 128, (out, width), np.int8)), jnp.asarray(scales)
-
-
-def agree(actual, expected, limit=4e-3):
-    """Each result's error relative to its 2-norm is below `limit`."""
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
-        assert np.linalg.norm(a - e) <= limit * np.linalg.norm(e)
 
 
 # m, out, width, configuration

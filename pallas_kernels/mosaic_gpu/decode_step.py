@@ -122,13 +122,6 @@ def configure(sizes: DecoderSizes) -> Config:
     return config
 
 
-def _total(parts: Sequence[Scalar]) -> Scalar:
-    """The sum, neighbours first."""
-    while len(parts) > 1:
-        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)] + list(parts[len(parts) & ~1 :])
-    return parts[0]
-
-
 class _Kernel:
     """Emits the kernel's code. Methods run in all threads of the multiplying warps unless they say otherwise."""
 
@@ -377,7 +370,7 @@ class _Kernel:
         starts = [8 * (start + part * self.model.d_model // 2) for part in range(parts)]
         words = self._poll([space + (item * 16).wide() + at for item in self._items() for at in starts], tag)
         halves = [half for word in words for half in t.unpack_halves(word)]
-        added = [_total(halves[4 * parts * (i // 4) + i % 4 :][: 4 * parts : 4]) for i in range(len(x))]
+        added = [t.total(halves[4 * parts * (i // 4) + i % 4 :][: 4 * parts : 4]) for i in range(len(x))]
         return tuple(t.fma(a, t.constant(SCALE, t.f32()), old) for a, old in zip(added, x, strict=True))
 
     def _normal(self, x: Sequence[Scalar], scales: Sequence[Sequence[Scalar]]) -> None:
@@ -387,7 +380,7 @@ class _Kernel:
             index, values = self.thread + i * self.threads, x[4 * i : 4 * i + 4]
             valid = index < self.model.d_model // 4
             self._activate(index, valid, [a * b for a, b in zip(values, scale, strict=True)], 1.0)
-            squares = squares + t.select(valid, _total([v * v for v in values]), 0.0)
+            squares = squares + t.select(valid, t.total([v * v for v in values]), 0.0)
         for distance in (16, 8, 4, 2, 1):
             squares = squares + t.shuffle_xor(squares, distance)
         with t.when(self.lane.equals(0)):
@@ -489,14 +482,14 @@ class _Kernel:
 
     def _sum(self, place: Scalar, groups: int) -> Scalar:
         """The sum of a row's partial sums."""
-        return _total([t.load_shared(place, 1, offset=64 * i)[0].float() for i in range(groups)])
+        return t.total([t.load_shared(place, 1, offset=64 * i)[0].float() for i in range(groups)])
 
     def _root(self) -> Scalar:
         """1 / sqrt(mean(x^2) + eps)."""
         parts = []
         for i in range(0, self.warps, 4):
             parts += [v.float() for v in t.load_shared(self.base + self.squares, 4, offset=4 * i)]
-        return t.rsqrt(_total(parts) * (1 / self.model.d_model) + self.model.eps)
+        return t.rsqrt(t.total(parts) * (1 / self.model.d_model) + self.model.eps)
 
     # What becomes of the results.
 
@@ -554,7 +547,7 @@ class _Kernel:
         def finish(place: Scalar, valid: Scalar) -> None:
             value = self._sum(place, self.stages[2].groups) * self._root()
             other = t.shuffle_xor(value, 8)
-            feature = value * other * t.reciprocal(t.exp2(value * -_LOG2E) + 1.0) * (1 / SCALE)
+            feature = value * other * t.sigmoid(value) * (1 / SCALE)
             word = t.pack_halves(feature, t.shuffle_xor(feature, 1))
             with t.when(valid), t.when((row & 9).equals(0)):
                 self._send(unit * 4 + (row >> 1) + self.words.hidden, word, COPIES)

@@ -536,7 +536,7 @@ class _Shared:
                 sent = self.config.cluster * (self.items * 16 + self.items // self.fours * 8)
                 th.ptx("fence.mbarrier_init.release.cluster;")
                 th.arrive_expecting(self.barrier, th.constant(sent))
-            th.ptx("barrier.cluster.arrive.relaxed.aligned;", convergent=True)
+            th.arrive_in_cluster("relaxed")
 
     def put_warp(
         self, warp: Scalar, tops: Sequence[Scalar], totals: Sequence[Scalar], sums: Sequence[Sequence[Scalar]]
@@ -567,9 +567,7 @@ class _Shared:
                 _send(self.tops + place * 8, self.barrier, top, total)
             _send(self.sums + place * self.stride + four * 16, self.barrier, *values)
 
-        th.ptx(
-            "barrier.cluster.wait.acquire.aligned;", convergent=True
-        )  # since `start`: the first block's barrier is there
+        th.wait_for_cluster()  # since `start`: the first block's barrier is there
         self.for_items(put)
 
     def wait_for_blocks(self) -> None:
@@ -740,7 +738,7 @@ def _from_quad(x: Scalar, quad: Scalar) -> Scalar:
 
 def _send(address: Scalar, barrier: Scalar, *words: Scalar) -> None:
     """Words to this place in the shared memory of the cluster's first block, whose barrier counts their bytes."""
-    there = [th.ptx("mapa.shared::cluster.u32 $0, $1, 0;", x, results=[th.i32()])[0] for x in (address, barrier)]
+    there = [th.address_in_cluster(x, 0) for x in (address, barrier)]
     names = ", ".join(f"${i + 2}" for i in range(len(words)))
     code = f"st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v{len(words)}.b32 [$0], {{{names}}}, [$1];"
     th.ptx(code, *there, *(word.bits() for word in words))

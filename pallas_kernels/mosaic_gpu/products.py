@@ -10,7 +10,6 @@ kernel, `quant_matmul_skinny.run` or `quant_matmul_small.run`.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -169,10 +168,7 @@ def gate_up(run: Run, x: jax.Array, norm: jax.Array, values: jax.Array, scales: 
         del where
 
         def finish(sums: Sequence[Pair], exist: Scalar) -> None:
-            first, second = (
-                gate * up * t.reciprocal(t.exp2(gate * -math.log2(math.e)) + 1.0)
-                for gate, up in zip(*sums, strict=True)
-            )
+            first, second = (gate * up * t.sigmoid(gate) for gate, up in zip(*sums, strict=True))
             with t.when(exist):
                 _store_pair(pointers["out"], m * width + tile * EIGHT + column, x.dtype, (first, second))
 

@@ -28,10 +28,13 @@ def qkv_rope(
     eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `pallas_kernels.qkv_rope`, for bfloat16 x, weights in int8 blocks, and heads rotated whole."""
-    if kernel_for(x, blocks(weight)[0], normed=True) == "large":
-        qkv = large.matmul(rms_norm(x, norm, eps), *blocks(weight), bias)
+    values, scales = blocks(weight)
+    kernel = kernel_for(x, values, normed=True)
+    if kernel == "large":
+        qkv = large.matmul(rms_norm(x, norm, eps), values, scales, bias)
         return split_heads(qkv, cos, sin, n_heads, n_kv_heads)
-    results = _of_rows(x, norm, weight, bias, cos, sin, n_heads, n_kv_heads, eps)
+    rows, cos, sin = _rows(x, cos, sin)
+    results = products.qkv_rope(RUN[kernel], rows, norm, values, scales, bias, cos, sin, n_heads, n_kv_heads, eps)
     q, k, v = (y.reshape(*x.shape[:2], n, -1) for y, n in zip(results, (n_heads, n_kv_heads, n_kv_heads), strict=True))
     return q, k, v
 
@@ -52,33 +55,21 @@ def qkv_rope_store(
     """As `pallas_kernels.qkv_rope_store`, for bfloat16 x, keys and values, weights in int8 blocks."""
     if keys.dtype != jnp.bfloat16 or values.dtype != jnp.bfloat16:
         raise NotImplementedError(f"a cache of {keys.dtype} and {values.dtype}, not bfloat16")
-    n_kv_heads = keys.shape[1]
-    if kernel_for(x, blocks(weight)[0], normed=True) == "large":
+    (w, scales), n_kv_heads = blocks(weight), keys.shape[1]
+    kernel = kernel_for(x, w, normed=True)
+    if kernel == "large":
         q, k, v = qkv_rope(x, norm, weight, bias, cos, sin, n_heads, n_kv_heads, eps)
         return q, *store(k, v, keys, values, slots)
     if keys.size >= 2**31:
         raise NotImplementedError("a cache of 2^31 elements or more a layer")
+    rows, cos, sin = _rows(x, cos, sin)
     cache = (keys, values, slots.astype(jnp.int32))
-    q, *stored = _of_rows(x, norm, weight, bias, cos, sin, n_heads, n_kv_heads, eps, cache)
+    q, *stored = products.qkv_rope(RUN[kernel], rows, norm, w, scales, bias, cos, sin, n_heads, n_kv_heads, eps, cache)
     return q.reshape(*x.shape[:2], n_heads, -1), stored[0], stored[1]
 
 
-def _of_rows(
-    x: jax.Array,
-    norm: jax.Array,
-    weight: Weight,
-    bias: jax.Array | None,
-    cos: jax.Array,
-    sin: jax.Array,
-    n_heads: int,
-    n_kv_heads: int,
-    eps: float,
-    cache: tuple[jax.Array, jax.Array, jax.Array] | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """By the kernels that take all tokens as rows."""
-    values, scales = blocks(weight)
+def _rows(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x, cos and sin with all tokens as rows; angles may be given once for all rows of a batch."""
     rows = x.reshape(-1, x.shape[-1])
-    # Angles may be given once for all rows of a batch.
     cos, sin = (jnp.broadcast_to(a, (*x.shape[:2], a.shape[-1])).reshape(len(rows), -1) for a in (cos, sin))
-    run = RUN[kernel_for(x, values, normed=True)]
-    return products.qkv_rope(run, rows, norm, values, scales, bias, cos, sin, n_heads, n_kv_heads, eps, cache)
+    return rows, cos, sin

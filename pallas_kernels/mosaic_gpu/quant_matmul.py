@@ -16,7 +16,6 @@ from pallas_kernels.quant_matmul import Weight, blocks
 from pallas_kernels.tuning import choose
 
 RUN: dict[str, products.Run] = {"skinny": skinny.run, "small": small.run}
-FEW = 8  # rows: half of a tensor core's operand
 SMALL = 300_000_000  # products, of all rows of x: with more, tensor cores at full rate win over short latencies
 
 
@@ -30,7 +29,7 @@ class Kernel:
 def kernel_for(x: jax.Array, values: jax.Array, normed: bool = False) -> str:
     """The name of the kernel for rows x [..., in] times weights [out, in]; `normed`: it is to normalise them."""
     rows, (out, width) = math.prod(x.shape[:-1]), values.shape
-    few = rows <= FEW
+    few = rows <= products.EIGHT
     other = Kernel("skinny" if few else "large")
     if not any(small.search_space(rows, out, width, normed)):
         return other.name

@@ -11,7 +11,7 @@ Products are computed on the tensor cores, m16n8k16: a tile of weights, which is
 subtraction a pair: 128 + (v & 127) less 128, or 256 where v is negative. That is exact, and so are the products; the
 scale multiplies the float32 sum of a block.
 
-Such a kernel runs for some 5000 cycles, and reads its code at some 20 bytes a cycle: it is short rather than unrolled.
+Loops stay loops: unrolled, with x in registers, it was as fast and had four times the code.
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ class _Kernel:
                 t.init_barrier(self.arrived + 8 * i, threads)
         t.synchronize(1, threads)
         if config.cluster > 1:
-            t.ptx("barrier.cluster.arrive.relaxed.aligned;", convergent=True)
+            t.arrive_in_cluster("relaxed")
         factors = self._ask_for_norm()
         self._ask_for_rows()
         t.loop(0, t.kept(t.constant(config.units)), 1, [], self._ask_for_weights)
@@ -273,7 +273,7 @@ class _Kernel:
             self._normalise(factors)
             t.synchronize(1, threads)
         if config.cluster > 1:  # so that all of the cluster's CTAs have started
-            t.ptx("barrier.cluster.wait.acquire.aligned;", convergent=True)
+            t.wait_for_cluster()
         t.loop(0, t.kept(t.constant(config.units)), 1, [], self._unit)
         if config.cluster > 1:
             self._finish_cluster()
@@ -366,7 +366,7 @@ class _Kernel:
                 squares = [
                     functools.reduce(lambda s, v: t.fma(v, v, s), eight, t.constant(0.0, t.f32())) for eight in values
                 ]
-                total = _total([t.select(e, s, 0.0) for e, s in zip(exist, squares, strict=True)])
+                total = t.total([t.select(e, s, 0.0) for e, s in zip(exist, squares, strict=True)])
                 for distance in (16, 8, 4, 2, 1):
                     total = total + t.shuffle_xor(total, distance)
                 root = t.rsqrt(total * (1 / plan.width) + (self.eps or 0.0))
@@ -452,7 +452,7 @@ class _Kernel:
     def _add_up(self, place: Scalar, count: int) -> Pair:
         """The sum of `count` pairs 512 bytes apart, whose halves are 32 bytes apart."""
         first, second = (
-            _total([t.load_shared(place, 1, offset=512 * i + half)[0].float() for i in range(count)])
+            t.total([t.load_shared(place, 1, offset=512 * i + half)[0].float() for i in range(count)])
             for half in (0, 32)
         )
         return first, second
@@ -479,7 +479,7 @@ class _Kernel:
         plan, cluster = self.plan, self.config.cluster
         place = ((unit * plan.gathered + item // cluster) * cluster + self.rank) * 512
         place = self.gathered + place + self.quarter * 64 + self.row * 4
-        (there,) = t.ptx("mapa.shared::cluster.u32 $0, $1, $2;", place, item % cluster, results=[t.i32()])
+        there = t.address_in_cluster(place, item % cluster)
         for eight, pair in enumerate(pairs):
             for i, value in enumerate(pair):
                 t.ptx(f"st.shared::cluster.b32 [$1 + {256 * eight + 32 * i}], $0;", value.bits(), there)
@@ -487,8 +487,8 @@ class _Kernel:
     def _finish_cluster(self) -> None:
         """Add the cluster's sums of this CTA's items and finish them."""
         plan, config = self.plan, self.config
-        t.ptx("barrier.cluster.arrive.release.aligned;", convergent=True)
-        t.ptx("barrier.cluster.wait.acquire.aligned;", convergent=True)
+        t.arrive_in_cluster("release")
+        t.wait_for_cluster()
 
         def item(index: Scalar) -> Sequence[Scalar]:
             unit, item = index // plan.gathered, index % plan.gathered * config.cluster + self.rank
@@ -498,10 +498,3 @@ class _Kernel:
             return ()
 
         t.loop(self.warp, config.units * plan.groups * plan.gathered, config.warps, [], item)
-
-
-def _total(parts: Sequence[Scalar]) -> Scalar:
-    """The sum, neighbours first."""
-    while len(parts) > 1:
-        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)] + list(parts[len(parts) & ~1 :])
-    return parts[0]

@@ -9,6 +9,7 @@ is a volatile inline PTX instruction, so the compiler keeps their order and ptxa
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -316,6 +317,24 @@ def synchronize_warp() -> None:
     ptx("bar.warp.sync -1;", convergent=True)
 
 
+def arrive_in_cluster(order: str) -> None:
+    """Tell the cluster's blocks that this one is here; `order` is "relaxed", or "release" for what it wrote too."""
+    ptx(f"barrier.cluster.arrive.{order}.aligned;", convergent=True)
+
+
+def wait_for_cluster() -> None:
+    """Wait until all of the cluster's blocks have arrived."""
+    ptx("barrier.cluster.wait.acquire.aligned;", convergent=True)
+
+
+def address_in_cluster(address: Scalar, rank: Scalar | int) -> Scalar:
+    """This place of shared memory in the cluster's block number `rank`."""
+    code = "mapa.shared::cluster.u32 $0, $1, "
+    if isinstance(rank, int):
+        return ptx(f"{code}{rank};", address, results=[i32()])[0]
+    return ptx(f"{code}$2;", address, rank, results=[i32()])[0]
+
+
 def set_registers(direction: str, number: int) -> None:
     """Give registers back ("dec") or take them ("inc"); all of a warpgroup together."""
     ptx(f"setmaxnreg.{direction}.sync.aligned.u32 {number};", convergent=True)
@@ -414,6 +433,17 @@ def exp2(x: Scalar) -> Scalar:
 
 def reciprocal(x: Scalar) -> Scalar:
     return ptx("rcp.approx.f32 $0, $1;", x, results=[f32()])[0]
+
+
+def sigmoid(x: Scalar) -> Scalar:
+    return reciprocal(exp2(x * -math.log2(math.e)) + 1.0)
+
+
+def total(parts: Sequence[Scalar]) -> Scalar:
+    """The sum, neighbours first."""
+    while len(parts) > 1:
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)] + list(parts[len(parts) & ~1 :])
+    return parts[0]
 
 
 def log2(x: Scalar) -> Scalar:
