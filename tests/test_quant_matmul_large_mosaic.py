@@ -4,6 +4,7 @@ JAX's interpreter has no wgmma with an operand in registers, so that elsewhere t
 """
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,16 @@ def test_it_lowers_for_a_gpu(m, form):
     lowered = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",))
     assert lowered.out_info.shape == (m, 64 if form == "gate_up" else 128)
     assert "mosaic_gpu" in lowered.as_text()
+
+
+@needs_lowering
+@pytest.mark.parametrize("m", [111, 700])
+def test_every_configuration_can_be_traced(m):
+    x, values, scales, *_ = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arguments(m, 128, 512))
+    space = list(kernel.search_space(m, 128, 512))
+    assert {c.split for c in space} == {1, 2, 4, 8}
+    for config in space:
+        assert jax.eval_shape(partial(kernel.matmul, config=config), x, values, scales).shape == (m, 128)
 
 
 @needs_hopper

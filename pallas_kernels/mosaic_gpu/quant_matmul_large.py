@@ -129,6 +129,8 @@ def search_space(
             continue  # more than half of it would be rows that are not there
         if split > 1 and (swiglu or cluster > 1 or tile_m // split < 8 or width < STEP * split):
             continue
+        if split > 1 and tile_m // split % 32 and tile_m // split not in (8, 16):
+            continue  # rows of partial sums lie in shared memory by 32, 64 or 128 bytes
         if cluster > 1 and -(-out // columns) % cluster:
             continue
         for stages in range(8, 2, -1):
