@@ -45,7 +45,7 @@ from pallas_kernels.decode_step import (
     PackedWeights,
     check,
 )  # fmt: skip
-from pallas_kernels.mosaic_gpu import processors
+from pallas_kernels.mosaic_gpu import materialised, processors
 from pallas_kernels.mosaic_gpu import threads as t
 from pallas_kernels.mosaic_gpu.threads import Scalar
 from pallas_kernels.tuning import choose
@@ -843,6 +843,6 @@ def decode_step(
         return logits, [jax.freeze(ref) for ref in refs], jax.freeze(words)
 
     arrays = [array for layer in caches for array in layer]
-    inputs = positions, handover.step, x.astype(jnp.float32), jnp.concatenate([cos, sin]), *weights
+    inputs = materialised((positions, handover.step, x.astype(jnp.float32), jnp.concatenate([cos, sin]), *weights))
     logits, arrays, words = step(*inputs, arrays, handover.words)
     return logits, list(zip(arrays[::2], arrays[1::2], strict=True)), Handover(words, handover.step + 1)

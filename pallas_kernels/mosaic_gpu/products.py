@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic_gpu import materialised
 from pallas_kernels.mosaic_gpu import threads as t
 from pallas_kernels.mosaic_gpu.threads import Scalar
 
@@ -242,6 +243,10 @@ def qkv_rope(
 
         return finish
 
+    if store is not None:
+        given = materialised((x, norm, values, scales, bias, cos, sin, store[2]))
+        x, norm, values, scales, bias, cos, sin, slots = given
+        store = *store[:2], slots
     extra: dict[str, Any] = {"bias": bias, "cos": cos.astype(jnp.float32), "sin": sin.astype(jnp.float32)}
     outs = {"q": (n_heads * width, x.dtype)}
     work = Work(heads * tiles, 2, rows, epilogue)
