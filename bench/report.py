@@ -337,7 +337,9 @@ def strategies(results: list[Result]) -> str:
     latencies = [r for r in results if r["bench"] == "latency" and "requests" in r]
     for result in latencies:
         others = (r for r in latencies if r is not result and r["model"] == result["model"])
-        for other in (r for r in others if r["device"] == result["device"] and result["weights"] == "int8"):
+        for other in (
+            r for r in others if r["device"] == result["device"] and result["weights"] == "int8" != r["weights"]
+        ):
             a, b = (r["requests"][-1 if len(r["requests"]) == 1 else 1] for r in (result, other))
             gain = a["decode_tok_s"]["median"] / b["decode_tok_s"]["median"]
             name = f"int8 weights in place of {other['weights']}"
