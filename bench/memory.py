@@ -33,7 +33,7 @@ def main() -> None:
     print(f"{model.config.name}, weights {model.weights}, batch {args.batch}, on {where['device']}")
     held = model.memory()
     print(f"weights: {held['weights_bytes']:,} bytes, by the formula {held['weights_formula_bytes']:,}; "
-          f"{held['packed_bytes']:,} more for the single-row kernel")  # fmt: skip
+          f"{held['packed_bytes']:,} more for the decode step's kernel")  # fmt: skip
     rows = list(by_length(model, args))
     result = {
         "bench": "memory", "batch": args.batch, "chunk": args.chunk, "weights_bytes": held["weights_bytes"],

@@ -177,7 +177,7 @@ def memory(result: Result) -> str:
         ),
     )  # fmt: skip
     more = result.get("packed_bytes", 0)  # younger than some results
-    packed = f", and {more:,} of a copy for the single-row kernel" if more else ""
+    packed = f", and {more:,} of a copy for the decode step's kernel" if more else ""
     text = (
         f"Weights {result['weights_bytes']:,} bytes (formula {result['weights_formula_bytes']:,}){packed}; "
         f"{result['kv_bytes_per_token']:,} bytes of cache a token and row."

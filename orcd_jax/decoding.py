@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from orcd_jax import single_row
+from orcd_jax import packed_decoding
 from orcd_jax.cache import KVCache, init_cache
 from orcd_jax.config import ModelConfig
 from orcd_jax.errors import RequestError
@@ -238,7 +238,7 @@ def decode(
 ) -> tuple[DecodeState, Emitted]:
     """Decode `steps` tokens a row with the cache as carried state; other arguments as in `emit`.
 
-    Parameters from `single_row.pack` are used by its kernel where that can be.
+    Parameters from `packed_decoding.pack` are used by its kernel where that can be.
 
     Returns:
       The state, and what the steps emitted, each array [steps, B, ...].
@@ -253,11 +253,11 @@ def decode(
             hidden, cache = hidden_states(params, config, state.tokens[:, None], state.cache, counts)
             logits = head(params, config, hidden[:, 0])
         else:
-            logits, cache, handover = single_row.step(params, config, state.tokens, state.cache, counts, handover)
+            logits, cache, handover = packed_decoding.step(params, config, state.tokens, state.cache, counts, handover)
         state, emitted = _emit(config, replace(state, cache=cache), logits, top_logprobs, method)
         return (state, handover), emitted
 
-    handover = single_row.begin(params, config, state.cache)
+    handover = packed_decoding.begin(params, config, state.cache)
     # An iteration costs a GPU 11 us, much for a step of few kernels; more kernels would take long to compile.
     unroll = 1 if handover is None else _STEPS_AT_ONCE
     (state, _), emitted = lax.scan(step, (state, handover), None, length=steps, unroll=unroll)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from orcd_jax import decoding, hub, programs, single_row
+from orcd_jax import decoding, hub, packed_decoding, programs
 from orcd_jax.cache import KVCache, init_cache
 from orcd_jax.cache_policy import CachePolicy
 from orcd_jax.chat import ChatTemplate
@@ -258,7 +258,7 @@ class LanguageModel:
         _check_kernels(kernels, device)
         if kernels == "auto" and config.weight_bytes(weights) < available_bytes(device) // 4:
             with jax.default_device(device):
-                params = single_row.pack(params, config)
+                params = packed_decoding.pack(params, config)
         self.config, self.params, self.tokenizer, self.template = config, params, tokenizer, template
         self.context, self.weights, self.device, self.load_s = context, weights, device, load_s
         self.kernels = kernels
@@ -470,13 +470,13 @@ class LanguageModel:
 
         Returns:
           weights_bytes: of the parameters as held; weights_formula_bytes: as the config says; packed_bytes: of the
-            copy that the kernel for single rows reads, if there is one.
+            copy that the decode step's kernel reads, if there is one.
           kv_bytes_per_token, kv_bytes: of one row's cache, for a token and for the whole context.
           workspace_formula_bytes: for one row's largest prefill chunk; workspace_bytes: the most temporary memory of
             any program compiled so far; peak_bytes: the most in use so far on the device (of the process on a CPU).
         """
         config, chunk = self.config, self._buckets.prefill[-1]
-        packed = sum(x.nbytes for x in jax.tree.leaves(self.params.get(single_row.PACKED, ())))
+        packed = sum(x.nbytes for x in jax.tree.leaves(self.params.get(packed_decoding.PACKED, ())))
         return {
             "weights_bytes": sum(x.nbytes for x in jax.tree.leaves(self.params)) - packed,
             "weights_formula_bytes": config.weight_bytes(self.weights),

@@ -34,6 +34,7 @@ GROUP_BYTES = GROUP_ROWS * GROUP_INPUTS * 17 // 16
 COPIES = 4  # of what many blocks read, so that they wait for different memory
 CHUNKS = 32  # the most that a head's keys are split into
 DOWN_SPLIT = 2  # parts of the inputs of the down projection
+ROWS = 8  # the most of a batch that the kernel takes
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,11 @@ class DecoderSizes:
     @property
     def chunks(self) -> int:
         """The most that a head's keys are split into: all heads' together keep a GPU busy."""
-        return max(1, min(CHUNKS, 128 // self.n_kv_heads))
+        return self.chunks_of(1)
+
+    def chunks_of(self, rows: int) -> int:
+        """`chunks` where there are so many rows."""
+        return max(1, min(CHUNKS, 128 // (rows * self.n_kv_heads)))
 
     @property
     def qkv_rows(self) -> int:
@@ -120,10 +125,32 @@ class HandoverWords(NamedTuple):
         return cls(*(sum(counts[:i]) for i in range(len(counts) + 1)))
 
 
+class HandoverOfRows(NamedTuple):
+    """As `HandoverWords` for several rows, in bytes. All is float16 [.., ROWS], but for what attention makes."""
+
+    qkv: int  # [(N + 2 K) H, ROWS]
+    attention: int  # [chunks, ROWS, N, H]: outputs
+    weights: int  # [chunks, ROWS, N]: the logarithms of their weights, float32, and tags
+    out: int  # [D, ROWS]
+    hidden: int  # [F, ROWS]
+    down: int  # [2, D, ROWS]: two parts, to be summed
+    total: int
+
+    @classmethod
+    def of(cls, sizes: DecoderSizes, rows: int) -> HandoverOfRows:
+        outputs = sizes.chunks_of(rows) * ROWS * sizes.n_heads
+        feature = 2 * ROWS
+        counts = (
+            feature * sizes.qkv_rows, 2 * outputs * sizes.head_dim, 8 * outputs, feature * sizes.d_model,
+            feature * sizes.d_ff, DOWN_SPLIT * feature * sizes.d_model,
+        )  # fmt: skip
+        return cls(*(sum(counts[:i]) for i in range(len(counts) + 1)))
+
+
 class Handover(NamedTuple):
     """What a kernel's blocks hand each other results through; it goes from step to step."""
 
-    words: jax.Array  # int32 [2, COPIES, words, 2]: for even and for odd layers, of a value and a tag
+    words: jax.Array  # int32, for even and for odd layers: [2, COPIES, words, 2], or [2, bytes / 4] of several rows
     step: jax.Array  # int32 [1]
 
 
@@ -201,9 +228,13 @@ def _join(
     return PackedWeights(groups, vectors, norm.astype(jnp.float32), pack_matrix(values, scales, np.arange(len(values))))
 
 
-def init_handover(sizes: DecoderSizes) -> Handover:
-    """For the first of a sequence of steps; what the steps of another one left is not read."""
-    return Handover(jnp.zeros((2, COPIES, HandoverWords.of(sizes).total, 2), jnp.int32), jnp.zeros(1, jnp.int32))
+def init_handover(sizes: DecoderSizes, rows: int = 1) -> Handover:
+    """For the first of a sequence of steps of so many rows; what the steps of another one left is not read."""
+    if rows == 1:
+        shape: tuple[int, ...] = 2, COPIES, HandoverWords.of(sizes).total, 2
+    else:
+        shape = 2, HandoverOfRows.of(sizes, rows).total // 4
+    return Handover(jnp.zeros(shape, jnp.int32), jnp.zeros(1, jnp.int32))
 
 
 def reference(

@@ -10,7 +10,7 @@ import pytest
 import simt
 from jax.experimental.mosaic import gpu as mosaic
 
-from orcd_jax import decoding, single_row
+from orcd_jax import decoding, packed_decoding
 from orcd_jax.config import ModelConfig
 from orcd_jax.loader import random_params
 from orcd_jax.sampling import Sampling, row_keys
@@ -26,7 +26,7 @@ from pallas_kernels.decode_step import (
     pack_matrix,
     unpack_matrix,
 )  # fmt: skip
-from pallas_kernels.implementation import on_hopper
+from pallas_kernels.implementation import on_hopper, use
 
 SIZES = DecoderSizes(
     n_layers=2, d_model=256, d_ff=256, n_heads=4, n_kv_heads=2, head_dim=64, vocab_size=160, eps=1e-6, window=None
@@ -194,52 +194,58 @@ def test_sizes_that_cannot_be_packed(changes, message):
         check(replace(SIZES, **changes))
 
 
-@partial(jax.jit, static_argnums=1)
-def start(params, config):
-    """A row in the middle of generation, after a prompt of five tokens and one more."""
+@partial(jax.jit, static_argnums=(1, 2))
+def start(params, config, rows):
+    """Rows in the middle of generation, after prompts of five tokens or less and one more."""
     state = decoding.init_state(
-        config, jnp.full(1, 12, jnp.int32), row_keys([3]), jnp.full((1, 16), -1, jnp.int32),
-        Sampling(temperature=0.0).rows(1), 32,
+        config, 12 - jnp.arange(rows, dtype=jnp.int32), row_keys([3] * rows), jnp.full((rows, 16), -1, jnp.int32),
+        Sampling(temperature=0.0).rows(rows), 32,
     )  # fmt: skip
-    hidden = jnp.zeros((1, config.d_model), config.activation_dtype)
-    prompt = jnp.asarray([[5, 17, 100, 3, 9]], jnp.int32)
-    state, hidden = decoding.prefill(params, config, state, hidden, prompt, jnp.full(1, 5, jnp.int32))
+    hidden = jnp.zeros((rows, config.d_model), config.activation_dtype)
+    prompt = jnp.asarray([[5, 17, 100, 3, 9]] * rows, jnp.int32)
+    state, hidden = decoding.prefill(params, config, state, hidden, prompt, 5 - jnp.arange(rows, dtype=jnp.int32))
     return decoding.emit(params, config, state, hidden)[0]
 
 
-def test_decoding_by_the_op_gives_the_same_tokens(monkeypatch):
+@pytest.mark.parametrize("rows", [1, 3])
+def test_decoding_by_the_op_gives_the_same_tokens(monkeypatch, rows):
     params = random_params(CONFIG, "int8", jax.devices()[0])
-    monkeypatch.setattr(single_row, "on_hopper", lambda: True)
-    monkeypatch.setattr(single_row, "step", partial(single_row.step, implementation="xla"))
-    packed = single_row.pack(params, CONFIG)
-    assert single_row.PACKED in packed
+    monkeypatch.setattr(packed_decoding, "on_hopper", lambda: True)
+    monkeypatch.setattr(packed_decoding, "step", partial(packed_decoding.step, implementation="xla"))
+    packed = packed_decoding.pack(params, CONFIG)
+    assert packed_decoding.PACKED in packed
     decode = jax.jit(decoding.decode, static_argnums=(1, 3))
-    plain_state, plain = decode(params, CONFIG, start(params, CONFIG), 12)
-    state, emitted = decode(packed, CONFIG, start(params, CONFIG), 12)
+    plain_state, plain = decode(params, CONFIG, start(params, CONFIG, rows), 12)
+    monkeypatch.setattr(packed_decoding, "preferred", lambda: "mosaic_gpu")
+    state, emitted = decode(packed, CONFIG, start(params, CONFIG, rows), 12)
     assert np.array_equal(emitted.tokens, plain.tokens)
-    assert np.array_equal(emitted.tokens[-1], [decoding.NO_TOKEN])  # a row that ends goes on without effect
+    assert np.array_equal(emitted.tokens[-1], [decoding.NO_TOKEN] * rows)  # a row that ends goes on without effect
     assert np.array_equal(state.cache.lengths, plain_state.cache.lengths)
-    length = int(state.cache.lengths[0])
     for ours, theirs in zip(
         jax.tree.leaves(state.cache.layers), jax.tree.leaves(plain_state.cache.layers), strict=True
     ):
-        ours, theirs = (np.asarray(cache, np.float64)[:, :, :length] for cache in (ours, theirs))
-        assert relative_error(ours, theirs) < float(jnp.finfo(jnp.bfloat16).eps)
+        for row, length in enumerate(state.cache.lengths):
+            a, b = (np.asarray(cache, np.float64)[row, :, :length] for cache in (ours, theirs))
+            assert relative_error(a, b) < float(jnp.finfo(jnp.bfloat16).eps)
 
 
 def test_where_the_op_is_not_used(monkeypatch):
     params = random_params(CONFIG, "int8", jax.devices()[0])
     if not on_hopper():
-        assert single_row.pack(params, CONFIG) is params
-    monkeypatch.setattr(single_row, "on_hopper", lambda: True)
+        assert packed_decoding.pack(params, CONFIG) is params
+    monkeypatch.setattr(packed_decoding, "on_hopper", lambda: True)
     bf16 = random_params(CONFIG, "bf16", jax.devices()[0])
-    assert single_row.pack(bf16, CONFIG) is bf16
-    packed = single_row.pack(params, CONFIG)
+    assert packed_decoding.pack(bf16, CONFIG) is bf16
+    packed = packed_decoding.pack(params, CONFIG)
     cache = decoding.init_cache(CONFIG, 1, 16)
-    assert single_row.begin(params, CONFIG, cache) is None
-    assert single_row.begin(packed, CONFIG, cache) is not None
-    assert single_row.begin(packed, CONFIG, decoding.init_cache(CONFIG, 2, 16)) is None
-    assert single_row.begin(packed, replace(CONFIG, dtype="float32"), cache) is None
+    assert packed_decoding.begin(params, CONFIG, cache) is None
+    assert packed_decoding.begin(packed, CONFIG, cache) is not None
+    rows = decoding.init_cache(CONFIG, 2, 16)
+    assert packed_decoding.begin(packed, CONFIG, rows) is None
+    with use("mosaic_gpu"):
+        assert packed_decoding.begin(packed, CONFIG, rows) is not None
+        assert packed_decoding.begin(packed, CONFIG, decoding.init_cache(CONFIG, 9, 16)) is None
+    assert packed_decoding.begin(packed, replace(CONFIG, dtype="float32"), cache) is None
 
 
 @pytest.fixture
@@ -251,6 +257,8 @@ def simulated(monkeypatch):
     kernels = pytest.importorskip("pallas_kernels.mosaic_gpu.decode_step", reason="needs Pallas for Mosaic GPU")
     if not hasattr(mosaic.utils, "inline_ptx"):
         pytest.skip("needs jax 0.11.2 or newer, whose Mosaic GPU can inline PTX")
+    from pallas_kernels.mosaic_gpu import decode_step_frame
+
     config = kernels.Config(blocks=8, teams=2)
 
     def kernel(body, *, out_type, scratch_types, grid, num_threads, **_):
@@ -274,7 +282,7 @@ def simulated(monkeypatch):
     monkeypatch.setattr(kernels.plgpu, "inline_mgpu", lambda arg_types: lambda f: lambda *refs: f(None, *refs))
     monkeypatch.setattr(jax.custom_batching, "sequential_vmap", lambda f: f)  # it traces, and simt wants numbers
     monkeypatch.setattr(kernels, "heuristic", lambda: config)
-    monkeypatch.setattr(kernels, "SHARED_BYTES", 1 << 19)
+    monkeypatch.setattr(decode_step_frame, "SHARED_BYTES", 1 << 19)
 
 
 SIMULATED = {
@@ -307,6 +315,73 @@ def check_kernel(logits, again, new, expected, position, length, sizes):
                 assert relative_error(cache[0, :, position % length], row) < 1e-2
 
 
+SIMULATED_ROWS = {
+    "two rows": (replace(SIZES, d_ff=512), 24, (0, 5)),
+    "eight rows": (replace(SIZES, d_ff=512), 24, (0, 1, 5, 20, 22, 3, 7, 3)),
+    "a window": (
+        replace(SIZES, d_ff=512, d_model=384, n_heads=3, n_kv_heads=1, head_dim=128, window=7),
+        24,
+        (3, 20, 9),
+    ),
+    "as many groups for each warp": (replace(SIZES, d_ff=2048, d_model=1024, n_layers=1), 24, (3, 20, 9, 0)),
+    "chunks": (replace(SIZES, d_ff=512, n_layers=3, n_kv_heads=1), 2304, (1500, 3, 2303, 700)),
+    "a ring": (replace(SIZES, d_ff=512, window=24, ring=True), 24, (5, 23, 24, 77)),
+}
+
+
+@pytest.mark.parametrize("case", SIMULATED_ROWS)
+def test_the_kernel_s_threads_compute_a_step_of_rows(simulated, monkeypatch, case):
+    sizes, length, positions = SIMULATED_ROWS[case]
+    if sizes.d_model == 1024:
+        kernels = pytest.importorskip("pallas_kernels.mosaic_gpu.decode_step")
+        monkeypatch.setattr(kernels, "heuristic", lambda: kernels.Config(blocks=64, teams=1))
+    check_rows(sizes, length, positions, jit=False)
+
+
+def check_rows(sizes, length, positions, jit):
+    """Two steps of several rows against the reference in float32; what has not been stored is not to be looked at."""
+    rng, rows = np.random.default_rng(1), len(positions)
+    layers, norm, head = random_decoder(sizes)
+    packed = pack(sizes, jax.tree.map(jnp.asarray, layers), jnp.asarray(norm), jax.tree.map(jnp.asarray, head))
+    xs = jnp.asarray(rng.standard_normal((2, rows, sizes.d_model)), jnp.bfloat16)
+    angles = rng.uniform(0, 6, (2, rows, sizes.head_dim // 2)).astype(np.float32)
+    shape = rows, sizes.n_kv_heads, length, sizes.head_dim
+    filled = [[rng.standard_normal(shape) for _ in range(2)] for _ in layers]
+    held = np.minimum(positions, length)[:, None] > np.arange(length)
+    caches = {}
+    for name, dtype, unknown in (("mosaic_gpu", jnp.bfloat16, np.nan), ("xla", jnp.float32, 100.0)):
+        seen = held[:, None, :, None]
+        caches[name] = [tuple(jnp.asarray(np.where(seen, a, unknown), dtype) for a in pair) for pair in filled]
+
+    def steps(name, dtype):
+        def step(x, positions, angles, caches, handover):
+            return decode_step(
+                x, positions, jnp.cos(angles), jnp.sin(angles), packed, caches, handover, sizes=sizes,
+                implementation=name,
+            )  # fmt: skip
+
+        run, logits = jax.jit(step) if jit else step, []
+        now, handover = caches[name], init_handover(sizes, rows)
+        for i in range(2):
+            found, now, handover = run(xs[i].astype(dtype), jnp.asarray(positions) + i, angles[i], now, handover)
+            logits.append(found)
+        return np.stack(logits), now
+
+    expected, right = steps("xla", jnp.float32)
+    found, new = steps("mosaic_gpu", jnp.bfloat16)
+    again, _ = steps("mosaic_gpu", jnp.bfloat16)
+    assert np.array_equal(found, again)
+    for step in range(2):
+        for row in range(rows):
+            assert relative_error(found[step, row], expected[step, row]) < 2e-2, (step, row)
+    for pair, right_pair in zip(new, right, strict=True):
+        for cache, right_cache in zip(pair, right_pair, strict=True):
+            for row, position in enumerate(positions):
+                slots = [(position + i) % length if sizes.ring else position + i for i in range(2)]
+                for slot in (slot for slot in slots if slot < length):
+                    assert relative_error(cache[row, :, slot], np.asarray(right_cache[row, :, slot], np.float64)) < 2e-2
+
+
 # Both models' shapes, with fewer layers and tokens.
 KERNEL_SIZES = {
     "qwen2.5-0.5b": DecoderSizes(2, 896, 4864, 14, 2, 64, 4096, 1e-6, None),
@@ -323,10 +398,18 @@ def test_the_kernel_is_right(name, position):
     check_kernel(*run_both(sizes, position, 1152, "mosaic_gpu", jnp.bfloat16), position, 1152, sizes)
 
 
+@pytest.mark.parametrize("positions", [(0, 300), (1100, 3, 255, 256, 511, 0, 700, 129)])
+@pytest.mark.parametrize("name", KERNEL_SIZES)
+def test_the_kernel_of_rows_is_right(name, positions):
+    if not on_hopper():
+        pytest.skip("needs an NVIDIA Hopper GPU")
+    check_rows(KERNEL_SIZES[name], 1152, positions, jit=True)
+
+
 def test_the_kernel_under_vmap():
     if not on_hopper():
         pytest.skip("needs an NVIDIA Hopper GPU")
-    params = single_row.pack(random_params(CONFIG, "int8", jax.devices()[0]), CONFIG)
+    params = packed_decoding.pack(random_params(CONFIG, "int8", jax.devices()[0]), CONFIG)
     tokens = jnp.asarray([[[5, 17, 100]], [[3, 9, 2]]], jnp.int32)
 
     def generate(tokens):
@@ -337,7 +420,7 @@ def test_the_kernel_under_vmap():
 
 
 def test_a_decoder_too_small_for_the_kernel_is_not_packed(monkeypatch):
-    monkeypatch.setattr(single_row, "on_hopper", lambda: True)
+    monkeypatch.setattr(packed_decoding, "on_hopper", lambda: True)
     config = replace(CONFIG, d_ff=256)
     params = random_params(config, "int8", jax.devices()[0])
-    assert single_row.pack(params, config) is params
+    assert packed_decoding.pack(params, config) is params

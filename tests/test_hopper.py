@@ -10,16 +10,17 @@ import pytest
 from jax import lax
 
 import pallas_kernels
-from orcd_jax import decoding, single_row
+from orcd_jax import decoding, packed_decoding
 from orcd_jax.cache import init_cache
 from orcd_jax.config import ModelConfig
 from orcd_jax.loader import random_params
+from pallas_kernels.decode_step import ROWS
 from pallas_kernels.implementation import on_hopper
 
 STEPS = 4
 CASES = {
     "one": (1, 37, 64), "one far on": (1, 700, 2048), "three": (3, 37, 64), "eight": (8, 130, 256),
-    "sixteen": (16, 50, 128), "many": (64, 130, 256), "longer than a window": (1, 520, 600),
+    "sixteen": (16, 50, 128), "many": (64, 130, 256), "a hundred": (100, 13, 64), "longer than a window": (1, 520, 600),
 }  # fmt: skip
 
 
@@ -42,12 +43,12 @@ def logits(params, config, tokens, counts, following, slots, implementation):
             cache, handover = carry
             if handover is not None:
                 ones = jnp.ones_like(token)
-                result, cache, handover = single_row.step(params, config, token, cache, ones, handover)
+                result, cache, handover = packed_decoding.step(params, config, token, cache, ones, handover)
                 return (cache, handover), result
             hidden, cache = decoding.hidden_states(params, config, token[:, None], cache)
             return (cache, None), decoding.head(params, config, hidden[:, 0])
 
-        _, rest = lax.scan(step, (cache, single_row.begin(params, config, cache)), following)
+        _, rest = lax.scan(step, (cache, packed_decoding.begin(params, config, cache)), following)
     return jnp.concatenate([first[None], rest])
 
 
@@ -58,7 +59,7 @@ def errors(actual, expected):
 
 @pytest.mark.parametrize(
     "case, packed",
-    [(name, packed) for name, (batch, *_) in CASES.items() for packed in (False, True)[: 1 + (batch == 1)]],
+    [(name, packed) for name, (batch, *_) in CASES.items() for packed in (False, True)[: 1 + (batch <= ROWS)]],
 )
 @pytest.mark.parametrize("preset", ["qwen2.5-0.5b", "phi-3-mini-4k"])
 def test_the_kernels_are_as_right_as_bfloat16_allows(preset, case, packed):
@@ -73,8 +74,8 @@ def test_the_kernels_are_as_right_as_bfloat16_allows(preset, case, packed):
     run = partial(logits, tokens=tokens, counts=counts, following=following, slots=slots)
     expected = np.asarray(run(params, replace(config, dtype="float32"), implementation="xla"))
     plain = errors(np.asarray(run(params, config, implementation="xla")), expected)
-    used = single_row.pack(params, config) if packed else params
-    assert (single_row.PACKED in used) == packed
+    used = packed_decoding.pack(params, config) if packed else params
+    assert (packed_decoding.PACKED in used) == packed
     found, again = (np.asarray(run(used, config, implementation="mosaic_gpu")) for _ in range(2))
     assert np.array_equal(found, again)
     # Both round to bfloat16, at different places.

@@ -1,4 +1,4 @@
-"""Decoding one row by one op a step, `pallas_kernels.decode_step`, where its kernel runs.
+"""Decoding few rows by one op a step, `pallas_kernels.decode_step`, where its kernel runs.
 
 It reads a copy of the weights in an order of its own, which `pack` adds to the parameters under `PACKED`. Nothing
 packs by itself: `decode` takes this way for parameters that were packed, and a cache that it can serve.
@@ -18,9 +18,9 @@ from orcd_jax.loader import Params
 from orcd_jax.model import Decoder, rope_angles
 from orcd_jax.quantize import QuantizedArray
 from pallas_kernels import decode_step
-from pallas_kernels.decode_step import DecoderSizes, Handover, LayerWeights, PackedWeights, init_handover
+from pallas_kernels.decode_step import ROWS, DecoderSizes, Handover, LayerWeights, PackedWeights, init_handover
 from pallas_kernels.decode_step import pack as pack_weights
-from pallas_kernels.implementation import on_hopper
+from pallas_kernels.implementation import on_hopper, preferred
 
 PACKED = "packed"
 _MATRICES = (("attention", "qkv"), ("attention", "out"), ("swiglu", "gate_up"), ("swiglu", "down"))
@@ -69,13 +69,18 @@ def _packed(params: Params, config: ModelConfig) -> PackedWeights:
 
 
 def begin(params: Params, config: ModelConfig, cache: KVCache) -> Handover | None:
-    """What the first `step` takes; None where steps must be run op by op."""
+    """What the first `step` takes; None where steps must be run op by op.
+
+    Several rows take this way only where kernels were asked for by name: on a card that has not been measured yet.
+    """
     plain = isinstance(cache, FullCache) or (isinstance(cache, SlidingCache) and cache.sinks == 0)
-    plain = plain and cache.lengths.shape[0] == 1 and not config.cache.int8
+    rows = cache.lengths.shape[0]
+    few = rows <= (ROWS if preferred() == "mosaic_gpu" else 1)
+    plain = plain and few and not config.cache.int8
     rotated = 2 * len(config.rope_frequencies()) == config.head_dim
     if PACKED not in params or not plain or not rotated or config.activation_dtype != jnp.bfloat16:
         return None
-    return init_handover(sizes(config))
+    return init_handover(sizes(config), rows)
 
 
 def step(
@@ -92,14 +97,14 @@ def step(
     Args:
       params: from `pack`.
       config: static.
-      tokens: int32 [1].
+      tokens: int32 [B], few rows.
       cache: what came before.
-      counts: int32 [1], 1, or 0 for a row that has ended: what is stored for it is never seen.
+      counts: int32 [B], 1, or 0 for a row that has ended: what is stored for it is never seen.
       handover: from `begin` or the step before.
       implementation: the op's.
 
     Returns:
-      Logits, float32 [1, V], the cache with the token, and the handover for the next step.
+      Logits, float32 [B, V], the cache with the token, and the handover for the next step.
     """
     old: Any = cache.layers
     model = Decoder(config)

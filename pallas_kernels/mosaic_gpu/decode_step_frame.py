@@ -1,0 +1,427 @@
+"""What the kernels of a decode step have in common, for one row and for few: the frame, the ring and attention.
+
+One block on each SM runs the whole stack. A block's producer thread streams the weights of its share of every stage
+through a ring in shared memory, stage after stage and layer after layer: weights depend on nothing, so it runs as far
+ahead as the ring is long, and the memory is busy while stages wait for each other. Its other warps wait for a stage's
+activations, multiply and hand the results on.
+
+Stages of a layer: q|k|v, attention, output projection, gate|up, down. A stage's results go through global memory
+(that is, L2) as words that tell which layer and step they are of: a reader polls the very words that it needs until all
+are of its own, so that handing on costs one store and one load, without a barrier or fence. The idea is NCCL's protocol
+LL. Words of two layers alternate; each block takes part in gate|up, so that nobody can be a layer behind what others
+overwrite.
+
+Weights are packed (`pack`) in groups of 16 rows and 128 inputs, 2,176 bytes, in the order in which the lanes of a warp
+take them as the left operand of an m16n8 product.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pallas_kernels.decode_step import DOWN_SPLIT, GROUP_BYTES, GROUP_INPUTS, GROUP_ROWS, DecoderSizes, PackedWeights
+from pallas_kernels.mosaic_gpu import threads as t
+from pallas_kernels.mosaic_gpu.threads import Scalar
+
+SLOT_GROUPS = 8  # of a slot of the ring: one for each warp of a team
+SLOT_BYTES = SLOT_GROUPS * GROUP_BYTES
+KEYS = 16  # that a warp attends to at a time
+MERGED = 4  # chunks of keys whose outputs are merged at a time
+PAUSE = 20  # nanoseconds between two looks at what is waited for
+HEAD_UNITS = 8  # of the head that are summed at a time
+SCALE = 16.0  # results are handed on as float16 of their value over this, or as float32
+SHARED_BYTES = 227 * 1024 - 1024
+MASKED = -1e30
+_LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernel is laid out on the device."""
+
+    blocks: int  # one an SM, all at once on the device
+    teams: int  # of eight warps that multiply
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A matrix product: units of 16 rows, each of so many groups, from a layer's group `first` on."""
+
+    units: int
+    groups: int
+    first: int
+
+
+def _stages(sizes: DecoderSizes) -> tuple[Stage, ...]:
+    """q|k|v, output, gate|up, down."""
+    stages, first = [], 0
+    for (rows, width), split in zip(sizes.matrices(), (1, 1, 1, DOWN_SPLIT), strict=True):
+        tiles, groups = rows // GROUP_ROWS, width // GROUP_INPUTS
+        stages.append(Stage(tiles * split, groups // split, first))
+        first += tiles * groups
+    return tuple(stages)
+
+
+class Frame:
+    """Emits a kernel's code. Methods run in all threads of the multiplying warps unless they say otherwise."""
+
+    rows = 1  # of the batch
+    row_bytes = 4  # of a partial sum of a row of weights
+    chunks: int  # the most that a head's keys are split into
+    position: Scalar  # of the row that is attended to
+    keys: Scalar  # the layer's, in the cache
+    values: Scalar
+
+    def __init__(self, sizes: DecoderSizes, config: Config, length: int) -> None:
+        self.model, self.config, self.length = sizes, config, length
+        self.warps = SLOT_GROUPS * config.teams
+        self.threads = 32 * self.warps
+        self.group = sizes.n_heads // sizes.n_kv_heads
+        self.stages = _stages(sizes)
+        self.layer_groups = sum(s.units * s.groups for s in self.stages)
+        self.logits = Stage(sizes.vocab_size // GROUP_ROWS, sizes.d_model // GROUP_INPUTS, 0)
+        self._layout()
+
+    def _layout(self) -> None:
+        """Shared memory: what the stages need, then as long a ring as fits."""
+        m, offset = self.model, 0
+
+        def take(size: int) -> int:
+            nonlocal offset
+            start, offset = offset, -(-(offset + size) // 128) * 128
+            return start
+
+        units = [-(-stage.units // self.config.blocks) for stage in self.stages] + [HEAD_UNITS]
+        partials = [self._partials(stage) for stage in (*self.stages, self.logits)]
+        self.partial = take(GROUP_ROWS * self.row_bytes * max(n * p for n, p in zip(units, partials, strict=True)))
+        self.row_words = m.head_dim + 4  # of a head's output in shared memory, padded
+        self.outputs = take(4 * self.warps * self.group * self.row_words)
+        self.maxima = take(4 * self.warps * 8)
+        self.sums = take(4 * self.warps * 8)
+        self._lay_out_activations(take, max(m.d_model, m.n_heads * m.head_dim, m.d_ff))
+        self.queries = take(2 * 8 * m.head_dim)
+        self.new_key = take(2 * m.head_dim)
+        self.new_value = take(2 * m.head_dim)
+        self.angles = take(4 * m.head_dim * self.rows)
+        self.pointers = take(16 * m.n_layers)
+        self.barriers = take(16 * 64)
+        self.ring = offset
+        self.slots = min(64, (SHARED_BYTES - offset) // SLOT_BYTES)
+        self.shared_bytes = offset + self.slots * SLOT_BYTES
+
+    def _registers(self) -> tuple[int, int]:
+        """Registers of a multiplying thread, and of one of the producer's warpgroup."""
+        each = min(255, (1 << 16) // (self.threads + 128)) // 8 * 8
+        rest = 24
+        return min(240, each + (each - rest) * 128 // self.threads // 8 * 8), rest
+
+    def emit(self, *refs: Any) -> None:
+        """All of the kernel. `refs`: position, step, x, angles, the `PackedWeights`, keys and values of each layer,
+        the handover's words, result, shared memory."""
+        position, step, x, angles, *packed = refs[:8]
+        weights: Any = PackedWeights(*packed)
+        *caches, space, result, shared = refs[8:]
+        m = self.model
+        self.base = t.kept(t.shared_address(shared))
+        self.thread, self.block = t.kept(t.thread_index()), t.block_index()
+        self.warp, self.lane = self.thread >> 5, self.thread & 31
+        self.weights, self.space = t.global_address(weights.layers), t.global_address(space)
+        self.vectors, self.result = t.global_address(weights.vectors), t.global_address(result)
+        self.norm, self.head = t.global_address(weights.norm), t.global_address(weights.head)
+        self._take_positions(t.global_address(position))
+        self.first_tag = t.load_global(t.global_address(step))[0] * m.n_layers + 1
+        full, empty = self.base + self.barriers, self.base + self.barriers + 512
+        with t.when(self.thread.equals(0)):
+            for slot in range(self.slots):
+                t.init_barrier(full + 8 * slot, 1)
+                t.init_barrier(empty + 8 * slot, SLOT_GROUPS)
+            t.ptx("fence.mbarrier_init.release.cluster;")
+            for i, cache in enumerate(caches):
+                t.ptx("st.shared.b64 [$0], $1;", self.base + (self.pointers + 8 * i), t.global_address(cache))
+        angles = t.global_address(angles)
+
+        def take_angle(index: Scalar) -> None:
+            t.store_shared(self.base + self.angles + index * 4, *t.load_global(angles + (index * 4).wide()))
+
+        self._each(self.rows * m.head_dim, take_angle)
+        zeros = 4 * m.head_dim  # words of the queries
+        with t.when(self.thread < min(zeros, self.threads)):
+            for i in range(0, zeros, self.threads):
+                t.store_shared(self.base + self.queries + (self.thread + i) * 4, t.constant(0))
+        t.synchronize(0, self.threads + 128)
+        own, rest = self._registers()
+        with t.when(self.thread >= self.threads):
+            t.set_registers("dec", rest)
+            with t.when(self.thread.equals(self.threads)):
+                self._produce(full, empty)
+        with t.when(self.thread < self.threads):
+            t.set_registers("inc", own)
+            self.full, self.empty = full, empty
+            self._consume(t.global_address(x))
+
+    # What the kernels for one row and for few do their own way.
+
+    def _lay_out_activations(self, take: Callable[[int], int], width: int) -> None:
+        """Places in shared memory for the activations of a stage, at most `width` a row, and what goes with them."""
+        raise NotImplementedError
+
+    def _take_positions(self, positions: Scalar) -> None:
+        """The rows' positions, from global memory; all threads of the block."""
+        raise NotImplementedError
+
+    def _consume(self, x: Scalar) -> None:
+        """The stages of all layers and the head; `x` is what the first layer gets."""
+        raise NotImplementedError
+
+    def _partials(self, stage: Stage) -> int:
+        """Partial sums of a unit."""
+        raise NotImplementedError
+
+    def _no_sums(self) -> Sequence[Scalar]:
+        """What a warp starts to add up with, from slot to slot."""
+        return ()
+
+    def _add_group(
+        self, stage: Stage, place: Scalar, index: Scalar, exists: Scalar, unit: Scalar, group: Scalar, part: Scalar,
+        sums: tuple[Scalar, ...],
+    ) -> tuple[Scalar, ...]:  # fmt: skip
+        """Multiply a warp's group in slot `place` with inputs 128 part…, where it exists: group `group` of the block's
+        unit `unit`, `index` of all of its groups."""
+        raise NotImplementedError
+
+    # The assignment of work.
+
+    def _share(self, stage: Stage, turn: Scalar) -> tuple[Scalar, Scalar]:
+        """The first of a block's units and their number; `turn` is the block's place, which moves from stage to stage
+        so that all blocks get the same in the long run."""
+        each, rest = divmod(stage.units, self.config.blocks)
+        return turn * each + t.minimum(turn, rest), t.select(turn < rest, t.constant(each + 1), each)
+
+    def _next(self, stage: Stage, turn: Scalar) -> Scalar:
+        """The block's place in the stage after `stage`."""
+        blocks = self.config.blocks
+        moved = turn + (blocks - stage.units % blocks)
+        return t.select(moved < blocks, moved, moved - blocks)
+
+    def _produce(self, full: Scalar, empty: Scalar) -> None:
+        """Stream the block's weights through the ring; one thread."""
+        model = self.model
+
+        def stream(stage: Stage, base: Scalar, turn: Scalar, count: Scalar) -> Scalar:
+            first, units = self._share(stage, turn)
+            total = units * stage.groups
+            source = base + (first * stage.groups + stage.first).wide() * GROUP_BYTES
+
+            def slot(i: Scalar, count: Scalar) -> Sequence[Scalar]:
+                place, lap = count % self.slots, count // self.slots
+                size = t.minimum(total - i, SLOT_GROUPS) * GROUP_BYTES
+                barrier = full + place * 8
+                t.wait(empty + place * 8, (lap & 1) ^ 1)
+                t.arrive_expecting(barrier, size)
+                target = self.base + self.ring + place * SLOT_BYTES
+                t.copy_to_shared(target, source + i.wide() * GROUP_BYTES, size, barrier)
+                return (count + 1,)
+
+            return t.loop(0, total, SLOT_GROUPS, [count], slot)[0]
+
+        def layer(index: Scalar, turn: Scalar, count: Scalar) -> Sequence[Scalar]:
+            base = self.weights + index.wide() * (self.layer_groups * GROUP_BYTES)
+            for stage in self.stages:
+                count = stream(stage, base, turn, count)
+                turn = self._next(stage, turn)
+            return turn, count
+
+        turn, count = t.loop(0, model.n_layers, 1, [self.block, t.constant(0)], layer)
+        stream(self.logits, self.head, turn, count)
+
+    def _each(self, items: int, body: Callable[[Scalar], None]) -> None:
+        """Run body(index) for each item; threads beyond the last run nothing."""
+        for first in range(0, items, self.threads):
+            index = self.thread + first
+            with t.when(index < items):
+                body(index)
+
+    # Products.
+
+    def _multiply(
+        self, stage: Stage, share: tuple[Scalar, Scalar], count: Scalar,
+        begin: Callable[[Scalar], Callable[[Scalar, Scalar], None]],
+    ) -> Scalar:  # fmt: skip
+        """Multiply the block's units with the activations; 16 threads see to each unit's results, one a row.
+
+        `count` counts the ring's slots; gives the count after this stage. `begin(unit)` runs before the product, where
+        it may ask for what is needed later, in all threads; the function that it gives runs after it in whole warps,
+        with the place of the row's first partial sum, and whether the row is one of the block's.
+        """
+        first, units = share
+        total = units * stage.groups
+        t.synchronize(1, self.threads)
+        with t.when(units.differs(0)):
+            team, member = self.warp >> 3, self.warp & 7
+            unit = t.minimum(self.thread // GROUP_ROWS, units - 1)
+            finish = begin(first + unit)
+
+            skipped, moved = divmod(SLOT_GROUPS * self.config.teams, stage.groups)
+            number, index = count + team, team * SLOT_GROUPS + member
+            place, parity = number % self.slots, number // self.slots & 1
+
+            def slot(i: Scalar, place: Scalar, parity: Scalar, unit: Scalar, part: Scalar, *sums: Scalar) -> Any:
+                t.wait(self.full + place * 8, parity)
+                offset = ((first + unit) % DOWN_SPLIT) * stage.groups if stage == self.stages[3] else 0
+                index = i * SLOT_GROUPS + member
+                sums = self._add_group(stage, place, index, index < total, unit, part, part + offset, sums)
+                t.synchronize_warp()
+                with t.when(self.lane.equals(0)):
+                    t.arrive(self.empty + place * 8)
+                place, part = place + self.config.teams, part + moved
+                stays, same = place < self.slots, part < stage.groups
+                return (
+                    t.select(stays, place, place - self.slots), t.select(stays, parity, parity ^ 1),
+                    t.select(same, unit + skipped, unit + (skipped + 1)), t.select(same, part, part - stage.groups),
+                    *sums,
+                )  # fmt: skip
+
+            state = [place, parity, index // stage.groups, index % stage.groups, *self._no_sums()]
+            t.loop(team, (total + (SLOT_GROUPS - 1)) >> 3, self.config.teams, state, slot)
+            t.synchronize(1, self.threads)
+            rows = units * GROUP_ROWS
+            with t.when(self.thread < ((rows + 31) & ~31)):
+                place = unit * (GROUP_ROWS * self.row_bytes * self._partials(stage))
+                place = self.base + self.partial + place + (self.thread & 15) * self.row_bytes
+                finish(place, self.thread < rows)
+        return count + ((total + (SLOT_GROUPS - 1)) >> 3)
+
+    # Attention.
+
+    def _slot(self, position: Scalar) -> Scalar:
+        """Where a position is in the cache."""
+        return position % self.length if self.model.ring else position
+
+    def _span(self) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+        """The first visible position; where the first chunk starts, passes over each chunk's keys, and chunks."""
+        window, keys = self.model.window, KEYS * self.warps
+        low = t.constant(0)
+        if window is not None:
+            low = t.select(self.position < window, t.constant(0), self.position - (window - 1))
+        start = low // keys * keys
+        blocks = (self.position - start) // keys + 1
+        passes = (blocks + (self.chunks - 1)) // self.chunks
+        return low, start, passes, (blocks + passes - 1) // passes
+
+    def _attend_chunk(
+        self, base: Scalar, start: Scalar, passes: Scalar, low: Scalar, take_queries: Callable[[], None]
+    ) -> None:
+        """Leave each warp's outputs for so many passes over keys from `start` on, of which it takes 16 of a pass.
+
+        The keys and values lie `base` bytes into the layer's.
+        """
+        m, keys = self.model, KEYS * self.warps
+        mine = start + self.warp * KEYS
+        tiles = m.head_dim // 8
+        zero, masked = t.constant(0.0, t.f32()), t.constant(MASKED, t.f32())
+        found = self._fetch(base, mine)  # before the queries are there
+        take_queries()
+        t.synchronize(1, self.threads)
+
+        def attend(i: Scalar, *carry: Scalar) -> Sequence[Scalar]:
+            found, state = carry[: -2 * tiles - 2], carry[-2 * tiles - 2 :]
+            key = mine + i * keys
+            following = self._fetch(base, key + keys)  # on its way while these are used
+            return *following, *self._attend_16(found, key, low, state)
+
+        carry = t.loop(0, passes, 1, [*found, masked, zero, *[zero] * (2 * tiles)], attend)
+        top, total, *output = carry[len(found) :]
+        for distance in (1, 2):
+            total = total + t.shuffle_xor(total, distance)
+        row = self.lane >> 2
+        with t.when(row < self.group):
+            place = (self.warp * 8 + row) * 4 + self.base
+            t.store_shared(place, top, offset=self.maxima)
+            t.store_shared(place, total, offset=self.sums)
+            target = self.base + self.outputs + (self.warp * self.group + row) * (4 * self.row_words)
+            for tile in range(tiles):
+                first, second = self._columns(tile)
+                t.store_shared(target + first * 4, output[2 * tile])
+                t.store_shared(target + second * 4, output[2 * tile + 1])
+        t.synchronize(1, self.threads)
+
+    def _columns(self, tile: int) -> tuple[Scalar, Scalar]:
+        """The two dimensions of a head that this lane's two columns of an output tile are."""
+        block, within = divmod(tile, 8)
+        quad = self.lane & 3
+        if 64 * (block + 1) <= self.model.head_dim:  # a lane loads 8 dimensions of a value
+            return quad * 16 + (64 * block + within), quad * 16 + (64 * block + within + 8)
+        return quad * 8 + (64 * block + within), quad * 8 + (64 * block + within + 4)  # 4 dimensions
+
+    def _pieces(self) -> list[tuple[Scalar, list[tuple[Scalar, int]]]]:
+        """The rows that a lane takes of 16 keys (two) and values (four), as (row, [(offset in bytes, words)])."""
+        width, row, quad = self.model.head_dim, self.lane >> 2, self.lane & 3
+        of_key = [(quad * 16 + 64 * block, 4) for block in range(width // 32)]
+        of_value = [(row * 16 + 128 * block, 4) for block in range(width // 64)]
+        if width % 64:
+            of_value.append((row * 8 + width // 64 * 128, 2))
+        return [(row + d, of_key) for d in (0, 8)] + [(quad * 2 + d, of_value) for d in (0, 1, 8, 9)]
+
+    def _fetch(self, base: Scalar, key: Scalar) -> list[Scalar]:
+        """The words of `_pieces` of 16 keys and values from `key` on, from the cache."""
+        result = []
+        for i, (row, pieces) in enumerate(self._pieces()):
+            at = key + row
+            start = self._slot(t.select(at >= self.position, t.constant(0), at)) * (2 * self.model.head_dim)
+            cache = (self.keys if i < 2 else self.values) + base
+            result += [w for at, n in pieces for w in t.load_global(cache + (start + at).wide(), n)]
+        return result
+
+    def _attend_16(
+        self, found: Sequence[Scalar], key: Scalar, low: Scalar, state: Sequence[Scalar]
+    ) -> Sequence[Scalar]:
+        """A warp's online softmax over 16 keys from `key` on: rows are the group's heads.
+
+        `state` is the greatest score so far, the lane's sum of weights, and the weighted values.
+        """
+        m = self.model
+        row, quad = self.lane >> 2, self.lane & 3
+        top, total, *output = state
+        zero = t.constant(0)
+        rows, words = [], iter(found)
+        for i, (at, pieces) in enumerate(self._pieces()):
+            # This step's key is not in the cache yet, and later ones are never seen.
+            is_new, new = (key + at) >= self.position, self.new_key if i < 2 else self.new_value
+            fresh = [w for at, n in pieces for w in t.load_shared(self.base + at, n, offset=new)]
+            rows.append([t.select(is_new, a, b) for a, b in zip(fresh, words, strict=False)])
+        k, v = rows[:2], rows[2:]
+        value_keys = [key + (quad * 2 + d) for d in (0, 1, 8, 9)]
+
+        scores = []
+        for half in range(2):
+            c = [t.constant(0.0, t.f32())] * 4
+            for block in range(m.head_dim // 32):
+                q = t.load_shared(self.base + self.queries + row * (2 * m.head_dim) + quad * 16, 4, offset=64 * block)
+                for step in (0, 2):
+                    first = 4 * block + step
+                    c = t.mma([q[step], zero, q[step + 1], zero], k[half][first : first + 2], c, "bf16")
+            scores += c[:2]
+        visible = self.position - low + 1
+        scale = m.head_dim**-0.5 * _LOG2E
+        scores = [
+            t.select((at - low) < visible, score * scale, MASKED) for at, score in zip(value_keys, scores, strict=True)
+        ]
+        new_top = functools.reduce(t.maximum, scores, top)
+        for distance in (1, 2):
+            new_top = t.maximum(new_top, t.shuffle_xor(new_top, distance))
+        fade = t.exp2(top - new_top)
+        weights = [t.exp2(score - new_top) for score in scores]
+        total = functools.reduce(lambda a, b: a + b, weights, total * fade)
+        p = [t.pack_bf16(weights[0], weights[1]), zero, t.pack_bf16(weights[2], weights[3]), zero]
+        result = []
+        for tile in range(m.head_dim // 8):
+            word, selector = tile // 2, (0x5410, 0x7632)[tile % 2]
+            b = [t.permute_bytes(v[i][word], v[i + 1][word], selector) for i in (0, 2)]
+            nothing = t.constant(0.0, t.f32())
+            c = t.mma(p, b, [output[2 * tile] * fade, output[2 * tile + 1] * fade, nothing, nothing], "bf16")
+            result += c[:2]
+        return new_top, total, *result

@@ -1,0 +1,526 @@
+"""All layers of a decode step of two to eight rows in one persistent kernel, for Hopper.
+
+As the kernel for one row, `decode_step`: the same blocks, ring, packed weights and stages. What differs:
+
+Products. A group of 16 rows of weights and 128 inputs is the left operand of m16n8k16, the rows of the batch are its
+eight columns. Weights become bfloat16 on the way, exactly, and activations are bfloat16 in shared memory. A warp adds
+up the groups of a unit that it meets in a row where all warps meet the same number of them.
+
+Handing on. A feature's results are eight float16, one a row: 16 bytes. Every 32-bit word of them carries two bits that
+number the layer, in place of the lowest bit of each half, so that a reader knows each word by itself: what lay there
+before is from two layers ago, or from none. All words are written in every layer, by those who have nothing to say too.
+The residual stream is not kept by the blocks: who makes a feature of a layer's sums adds what came before.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.decode_step import DOWN_SPLIT, GROUP_INPUTS, GROUP_ROWS, ROWS, DecoderSizes, HandoverOfRows
+from pallas_kernels.mosaic_gpu import threads as t
+from pallas_kernels.mosaic_gpu.decode_step_frame import (
+    GROUP_BYTES,
+    HEAD_UNITS,
+    KEYS,
+    MASKED,
+    MERGED,
+    PAUSE,
+    SCALE,
+    SLOT_BYTES,
+    SLOT_GROUPS,
+    Config,
+    Frame,
+    Stage,
+)
+from pallas_kernels.mosaic_gpu.threads import Scalar
+
+FEATURE = 2 * ROWS  # bytes of a feature's results
+MARKS = 0x00010001  # the bits of a word that number layers
+POLLED = 2  # pairs of features that a thread asks for at a time
+
+
+def marks(tag: Any) -> Any:
+    """The number of a layer in the bits of `MARKS`: never the same as two layers ago, nor as in what is zero."""
+    number = tag % 3 + 1
+    return (number & 1) | (number >> 1) << 16
+
+
+def input_words(x: jax.Array, step: jax.Array, sizes: DecoderSizes) -> jax.Array:
+    """x [B, D] as the layer before the first would hand it on, int32 [2, D, ROWS / 2]: all in one of the two parts."""
+    features = jnp.pad(x.astype(jnp.float32) / SCALE, ((0, ROWS - len(x)), (0, 0))).T.astype(jnp.float16)
+    words = lax.bitcast_convert_type(features.reshape(-1, ROWS // 2, 2), jnp.int32)
+    return jnp.stack([words & ~MARKS, jnp.zeros_like(words)]) | marks(step[0] * sizes.n_layers)
+
+
+class RowsKernel(Frame):
+    """Emits the kernel's code; see `Frame`."""
+
+    row_bytes = 4 * ROWS
+
+    def __init__(self, sizes: DecoderSizes, config: Config, length: int, rows: int) -> None:
+        self.rows = rows
+        super().__init__(sizes, config, length)
+        self.places = HandoverOfRows.of(sizes, rows)
+        self.chunks = sizes.chunks_of(rows)
+        self.pairs = rows * sizes.n_kv_heads  # of a row and a key head
+
+    def _lay_out_activations(self, take: Callable[[int], int], width: int) -> None:
+        self.stride = 2 * width + 64  # of a row: lanes of a warp hit different banks
+        self.activations = take(ROWS * self.stride)
+        self.squares = take(4 * self.warps * ROWS)
+        self.positions = take(4 * ROWS)
+
+    def _take_positions(self, positions: Scalar) -> None:
+        with t.when(self.thread < self.rows):
+            (position,) = t.load_global(positions + (self.thread * 4).wide())
+            t.store_shared(self.base + self.positions + self.thread * 4, position)
+
+    def _position(self, row: Scalar | int) -> Scalar:
+        (position,) = t.load_shared(self.base + self.positions + row * 4)
+        return position
+
+    # The stages.
+
+    def _consume(self, x: Scalar) -> None:
+        m, stages, places = self.model, self.stages, self.places
+        norms = 2 * m.d_model + m.qkv_rows
+        self.most_chunks = t.constant(1)
+        for row in range(self.rows):
+            self.position = self._position(row)
+            self.most_chunks = t.maximum_unsigned(self.most_chunks, self._span()[3])
+
+        def layer(index: Scalar, turn: Scalar, count: Scalar) -> Sequence[Scalar]:
+            self.tag = self.first_tag + index
+            self.mark = marks(self.tag)
+            self.here = self.space + ((self.tag & 1) * places.total).wide()
+            before = self.space + (((self.tag & 1) ^ 1) * places.total).wide() + places.down
+            self.before = t.select(index.equals(0), x, before)
+            vectors = self.vectors + (index * (4 * norms)).wide()
+            pointers = self.base + self.pointers + index * 16
+            self.keys, self.values = t.ptx("ld.shared.v2.b64 {$0, $1}, [$2];", pointers, results=[t.i64()] * 2)
+
+            self._normal(self.before, DOWN_SPLIT, marks(self.tag - 1), vectors)
+            bias = vectors + 4 * 2 * m.d_model
+            count = self._multiply(stages[0], self._share(stages[0], turn), count, lambda unit: self._qkv(unit, bias))
+            self._attend(turn)
+            turn = self._next(stages[0], turn)
+
+            share = self._share(stages[1], turn)
+            with t.when(share[1].differs(0)):
+                self._merge(self.here)
+            count = self._multiply(stages[1], share, count, self._out)
+            turn = self._next(stages[1], turn)
+
+            self._normal(self.here + places.out, 1, self.mark, vectors + 4 * m.d_model)
+            count = self._multiply(stages[2], self._share(stages[2], turn), count, self._swiglu)
+            turn = self._next(stages[2], turn)
+
+            share = self._share(stages[3], turn)
+            with t.when(share[1].differs(0)):
+                self._hidden(self.here + places.hidden, share)
+            count = self._multiply(stages[3], share, count, self._down)
+            return self._next(stages[3], turn), count
+
+        turn, count = t.loop(0, m.n_layers, 1, [self.block, t.constant(0)], layer)
+        tag = self.first_tag + (m.n_layers - 1)
+        last = self.space + ((tag & 1) * places.total).wide() + places.down
+        self._normal(last, DOWN_SPLIT, marks(tag), self.norm)
+        first, units = self._share(self.logits, turn)
+
+        def part(i: Scalar, count: Scalar) -> Sequence[Scalar]:
+            share = first + i, t.minimum(units - i, HEAD_UNITS)
+            return (self._multiply(self.logits, share, count, self._logits),)
+
+        t.loop(0, units, HEAD_UNITS, [count], part)
+
+    def _wait_for(self, places: Sequence[tuple[Scalar, int]], mark: Scalar) -> list[list[Scalar]]:
+        """The words at each (address, number of words), two or four, once all carry the mark; without their marks.
+
+        The last one is waited for alone: looking at all of them again and again would keep L2 from everything else.
+        """
+
+        def attempt(places: Sequence[tuple[Scalar, int]]) -> tuple[Scalar, list[Scalar]]:
+            words = [w for at, n in places for w in t.load_global(at, n, how=".relaxed.gpu")]
+            t.ptx(f"nanosleep.u32 {PAUSE};")
+            wrong = functools.reduce(lambda a, b: a | b, [word ^ mark for word in words]) & MARKS
+            return wrong.equals(0), [word & ~MARKS for word in words]
+
+        if len(places) > 1:
+            t.repeat_until(lambda: (attempt(places[-1:])[0], ()), [])
+        words = iter(t.repeat_until(lambda: attempt(places), [t.i32()] * sum(n for _, n in places)))
+        t.synchronize_warp()
+        return [[next(words) for _ in range(n)] for _, n in places]
+
+    def _wait_for_logs(self, places: Sequence[Scalar]) -> list[Scalar]:
+        """The float32 at each address, once the tags beside them are this layer's."""
+
+        def attempt() -> tuple[Scalar, Sequence[Scalar]]:
+            pairs = [t.load_global(place, 2, how=".relaxed.gpu") for place in places]
+            t.ptx(f"nanosleep.u32 {PAUSE};")
+            wrong = functools.reduce(lambda a, b: a | b, [tag ^ self.tag for _, tag in pairs])
+            return wrong.equals(0), [value for value, _ in pairs]
+
+        values = t.repeat_until(attempt, [t.i32()] * len(places))
+        t.synchronize_warp()
+        return [value.float() for value in values]
+
+    def _hand_on(self, place: Scalar, values: Sequence[Scalar]) -> None:
+        """Hand on a feature's results, over `SCALE` already, or four of another kind, at `place`, counted in bytes."""
+        words = [t.pack_halves(*values[i : i + 2]) & ~MARKS | self.mark for i in range(0, len(values), 2)]
+        t.store_global(self.here + place.wide(), *words, how=".relaxed.gpu")
+
+    def _seen(self, address: Scalar) -> list[Scalar]:
+        """A feature's results that this block has waited for before."""
+        words = t.load_global(address, ROWS // 2, how=".relaxed.gpu")
+        return [half for word in words for half in t.unpack_halves(word & ~MARKS)]
+
+    def _normal(self, source: Scalar, parts: int, mark: Scalar, scales: Scalar) -> None:
+        """x, the sum of `parts`, times the norm's scale as activations, and the sums of squares; the root is applied to
+        the result."""
+        m = self.model
+        pairs = m.d_model // 2
+        squares = [t.constant(0.0, t.f32())] * ROWS
+        for first in range(0, pairs, POLLED * self.threads):
+            turns = range(first, min(first + POLLED * self.threads, pairs), self.threads)
+            own = [t.minimum(self.thread + start, pairs - 1) for start in turns]
+            factors = [[w.float() for w in t.load_global(scales + (index * 8).wide(), 2)] for index in own]
+            places = [
+                (source + (index * (2 * FEATURE) + (part * m.d_model + feature) * FEATURE).wide(), ROWS // 2)
+                for index in own
+                for feature in range(2)
+                for part in range(parts)
+            ]
+            found = [
+                [half for word in words for half in t.unpack_halves(word)] for words in self._wait_for(places, mark)
+            ]
+            for i, start in enumerate(turns):
+                exists = self.thread + start < pairs
+                a, b = (
+                    [t.total(list(values)) for values in zip(*found[j : j + parts], strict=True)]
+                    for j in (2 * i * parts, (2 * i + 1) * parts)
+                )
+                self._activate_pair(own[i], exists, [x * factors[i][0] for x in a], [x * factors[i][1] for x in b])
+                for row in range(ROWS):
+                    square = t.fma(a[row], a[row], b[row] * b[row])
+                    squares[row] = squares[row] + t.select(exists, square, 0.0)
+        # Each exchange adds up two lanes' sums and leaves each with half of the rows; then lane / 4 is the row.
+        for distance in (16, 8, 4):
+            half, upper = len(squares) // 2, (self.lane & distance).differs(0)
+            mine = [t.select(upper, squares[half + i], squares[i]) for i in range(half)]
+            other = [t.select(upper, squares[i], squares[half + i]) for i in range(half)]
+            squares = [a + t.shuffle_xor(b, distance) for a, b in zip(mine, other, strict=True)]
+        (square,) = squares
+        for distance in (1, 2):
+            square = square + t.shuffle_xor(square, distance)
+        with t.when((self.lane & 3).equals(0)):
+            t.store_shared(self.base + self.squares + self.warp * (4 * ROWS) + self.lane, square)
+
+    def _activate_pair(self, index: Scalar, exists: Scalar, a: Sequence[Scalar], b: Sequence[Scalar]) -> None:
+        """Store activations 2 index and the next one of all rows."""
+        with t.when(exists):
+            place = self.base + self.activations + index * 4
+            for row in range(ROWS):
+                t.store_shared(place, t.pack_bf16(a[row], b[row]), offset=row * self.stride)
+
+    def _roots(self) -> list[Scalar]:
+        """For each row SCALE / sqrt(mean(x^2) + eps), by which a product with x over SCALE is multiplied."""
+        parts = [
+            [
+                v.float()
+                for half in (0, 16)
+                for v in t.load_shared(self.base + self.squares, 4, offset=4 * ROWS * w + half)
+            ]
+            for w in range(self.warps)
+        ]
+        mean = SCALE**2 / self.model.d_model
+        return [t.rsqrt(t.total(list(s)) * mean + self.model.eps) * SCALE for s in zip(*parts, strict=True)]
+
+    # Products.
+
+    def _partials(self, stage: Stage) -> int:
+        """Partial sums of a unit: one for each warp of a slot where each gets as many groups, otherwise one a group."""
+        return SLOT_GROUPS if self._is_even(stage) else stage.groups
+
+    def _is_even(self, stage: Stage) -> bool:
+        return stage.groups % (SLOT_GROUPS * self.config.teams) == 0
+
+    def _no_sums(self) -> Sequence[Scalar]:
+        return [t.constant(0.0, t.f32())] * 4
+
+    def _add_group(
+        self, stage: Stage, place: Scalar, index: Scalar, exists: Scalar, unit: Scalar, group: Scalar, part: Scalar,
+        sums: tuple[Scalar, ...],
+    ) -> tuple[Scalar, ...]:  # fmt: skip
+        def multiplied() -> Sequence[Scalar]:
+            return self._products(place, part, sums if self._is_even(stage) else self._no_sums())
+
+        new = t.either(exists, multiplied, sums)
+        last = exists
+        if self._is_even(stage):
+            index = unit * SLOT_GROUPS + (self.warp & 7)
+            last = exists & (group >= stage.groups - SLOT_GROUPS * self.config.teams)
+        with t.when(last):
+            row, quarter = self.lane >> 2, self.lane & 3
+            target = (
+                self.base + self.partial + index * (GROUP_ROWS * self.row_bytes) + row * self.row_bytes + quarter * 8
+            )
+            t.store_shared(target, new[0], new[1])
+            t.store_shared(target, new[2], new[3], offset=8 * self.row_bytes)
+        return tuple(t.select(last, t.constant(0.0, t.f32()), x) for x in new)
+
+    def _products(self, place: Scalar, part: Scalar, sums: Sequence[Scalar]) -> Sequence[Scalar]:
+        """`sums` and a warp's group's products: of rows lane / 4 and 8 below it with two rows of the batch."""
+        weights = self.base + self.ring + place * SLOT_BYTES + (self.warp & 7) * GROUP_BYTES
+        mine, row = weights + self.lane * 16, self.lane >> 2
+        x = self.base + self.activations + row * self.stride + part * (2 * GROUP_INPUTS) + (self.lane & 3) * 16
+        scales = t.load_shared(weights + row * 16, 4, offset=GROUP_ROWS * GROUP_INPUTS)
+        zero, new = t.constant(0.0, t.f32()), list(sums)
+        for block in range(GROUP_INPUTS // 32):
+            words = t.load_shared(mine, 4, offset=512 * block)
+            inputs = t.load_shared(x, 4, offset=64 * block)
+            product = [zero] * 4
+            for half in range(2):
+                upper, lower = (
+                    [t.int8_as_bf16(t.permute_bytes(word, word, s)) for s in (0x1100, 0x3322)]
+                    for word in words[2 * half : 2 * half + 2]
+                )
+                operand = [upper[0], lower[0], upper[1], lower[1]]
+                product = t.mma(operand, inputs[2 * half : 2 * half + 2], product, "bf16")
+            scale = t.unpack_halves(scales[block])
+            new = [t.fma(product[i], scale[i // 2], new[i]) for i in range(4)]
+        return new
+
+    def _feature(self, place: Scalar, stage: Stage) -> list[Scalar]:
+        """The sums of a feature, one a row, over its partial sums."""
+        size = GROUP_ROWS * self.row_bytes
+        parts = [
+            [v.float() for half in (0, 16) for v in t.load_shared(place, 4, offset=size * i + half)]
+            for i in range(self._partials(stage))
+        ]
+        return [t.total(list(values)) for values in zip(*parts, strict=True)]
+
+    # What becomes of the results.
+
+    def _qkv(self, unit: Scalar, bias: Scalar) -> Callable[[Scalar, Scalar], None]:
+        m = self.model
+        tiles, row = m.head_dim // GROUP_ROWS, self.thread & 15
+        head, tile = unit // tiles, unit % tiles
+        rotated = head < m.n_heads + m.n_kv_heads
+        pair = tile * 8 + (row & 7)
+        within = t.select(rotated, pair + (row >> 3) * (m.head_dim // 2), tile * GROUP_ROWS + row)
+        at = head * m.head_dim + within
+        (own_bias,) = t.load_global(bias + (at * 4).wide())
+
+        def finish(place: Scalar, valid: Scalar) -> None:
+            results = []
+            for i, (value, root) in enumerate(zip(self._feature(place, self.stages[0]), self._roots(), strict=True)):
+                value = t.fma(value, root, own_bias.float())
+                if i < self.rows:
+                    angle = self.base + self.angles + (pair + i * (m.head_dim // 2)) * 4
+                    cos, sin = (t.load_shared(angle, offset=o)[0].float() for o in (0, 2 * m.head_dim * self.rows))
+                    sin = t.select(row < 8, sin * -1.0, sin)
+                    turned = t.fma(t.shuffle_xor(value, 8), sin, value * cos)
+                    value = t.select(rotated, turned, value)
+                results.append(t.round_bf16(value))
+            with t.when(valid):
+                rounded = [(word & -0x10000).float() * (1 / SCALE) for word in results]
+                self._hand_on(at * FEATURE + self.places.qkv, rounded)
+                with t.when(head >= m.n_heads):
+                    is_key = head < m.n_heads + m.n_kv_heads
+                    cache = t.select(is_key, self.keys, self.values)
+                    kv_head = head - t.select(is_key, t.constant(m.n_heads), m.n_heads + m.n_kv_heads)
+                    for i in range(self.rows):
+                        slot = self._slot(self._position(i))
+                        with t.when(slot < self.length):
+                            element = ((kv_head + i * m.n_kv_heads) * self.length + slot) * m.head_dim + within
+                            t.store_global_half(cache + element.wide() * 2, results[i] >> 16)
+
+        return finish
+
+    def _out(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
+        """x with attention's part added."""
+        at = (unit * GROUP_ROWS + (self.thread & 15)) * FEATURE
+        parts = [
+            self._seen(self.before + (at + part * self.model.d_model * FEATURE).wide()) for part in range(DOWN_SPLIT)
+        ]
+
+        def finish(place: Scalar, valid: Scalar) -> None:
+            sums = [self._feature(place, self.stages[1]), *parts]
+            with t.when(valid):
+                self._hand_on(at + self.places.out, [t.total(list(values)) for values in zip(*sums, strict=True)])
+
+        return finish
+
+    def _down(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
+        """One of two parts of x with the feed-forward half's added: the first one has the old x in it."""
+        part, at = unit % DOWN_SPLIT, (unit // DOWN_SPLIT * GROUP_ROWS + (self.thread & 15)) * FEATURE
+        old = self._seen(self.here + (at + self.places.out).wide())
+
+        def finish(place: Scalar, valid: Scalar) -> None:
+            sums = self._feature(place, self.stages[3])
+            values = [a + t.select(part.equals(0), b, 0.0) for a, b in zip(sums, old, strict=True)]
+            with t.when(valid):
+                self._hand_on(at + part * (self.model.d_model * FEATURE) + self.places.down, values)
+
+        return finish
+
+    def _swiglu(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
+        row = self.thread & 15
+
+        def finish(place: Scalar, valid: Scalar) -> None:
+            values = [v * root for v, root in zip(self._feature(place, self.stages[2]), self._roots(), strict=True)]
+            other = [t.shuffle_xor(value, 8) for value in values]
+            results = [a * b * t.sigmoid(a) * (1 / SCALE) for a, b in zip(values, other, strict=True)]
+            with t.when(valid), t.when(row < 8):
+                self._hand_on((unit * 8 + row) * FEATURE + self.places.hidden, results)
+
+        return finish
+
+    def _hidden(self, source: Scalar, share: tuple[Scalar, Scalar]) -> None:
+        first, units = share
+        pairs = self.model.d_ff // 2 // DOWN_SPLIT
+        alone = units.equals(1)
+        begin = t.select(alone, first % DOWN_SPLIT, 0)
+
+        def part(i: Scalar) -> Sequence[Scalar]:
+            base = source + (i * (pairs * 2 * FEATURE)).wide()
+            for start in range(0, pairs, POLLED * self.threads):
+                turns = range(start, min(start + POLLED * self.threads, pairs), self.threads)
+                own = [t.minimum(self.thread + turn, pairs - 1) for turn in turns]
+                places = [
+                    (base + (index * (2 * FEATURE) + f * FEATURE).wide(), ROWS // 2) for index in own for f in (0, 1)
+                ]
+                found = self._wait_for(places, self.mark)
+                values = [[half for word in words for half in t.unpack_halves(word)] for words in found]
+                for j, (index, turn) in enumerate(zip(own, turns, strict=True)):
+                    exists = self.thread + turn < pairs
+                    self._activate_pair(i * pairs + index, exists, values[2 * j], values[2 * j + 1])
+            return ()
+
+        t.loop(begin, t.select(alone, begin + 1, DOWN_SPLIT), 1, [], part)
+
+    def _logits(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
+        at = self.result + (unit * 64 + (self.thread & 15) * 4).wide()
+
+        def finish(place: Scalar, valid: Scalar) -> None:
+            values = [v * root for v, root in zip(self._feature(place, self.logits), self._roots(), strict=True)]
+            with t.when(valid):
+                for i in range(self.rows):
+                    t.store_global(at, values[i], offset=4 * self.model.vocab_size * i)
+
+        return finish
+
+    # Attention.
+
+    def _attend(self, turn: Scalar) -> None:
+        """Chunks of the keys of rows and key heads, in turn; each warp takes 16 keys of a pass."""
+
+        def unit(unit: Scalar) -> Sequence[Scalar]:
+            pair, chunk = unit % self.pairs, unit // self.pairs
+            row, head = pair // self.model.n_kv_heads, pair % self.model.n_kv_heads
+            self.position = self._position(row)
+            low, start, passes, chunks = self._span()
+            with t.when(chunk < chunks):
+                base = (pair * self.length).wide() * (2 * self.model.head_dim)
+                begin = start + chunk * passes * (KEYS * self.warps)
+                self._attend_chunk(base, begin, passes, low, lambda: self._take_queries_of(head, row))
+            items = self.group * self.model.head_dim // 4
+            self._each(items, lambda index: self._combine_of(index, head, chunk, row, chunk < chunks))
+            return ()
+
+        # Blocks without a unit of q|k|v first.
+        t.loop((self.config.blocks - 1) - turn, self.pairs * self.chunks, self.config.blocks, [], unit)
+
+    def _take_queries_of(self, head: Scalar, row: Scalar) -> None:
+        """The group's queries and the new key and value of a row, as bfloat16."""
+        m = self.model
+        each = m.head_dim // 2
+        pairs = (self.group + 2) * each
+        odd, which = (row & 1).differs(0), row >> 1
+        for start in range(0, pairs, self.threads):
+            index = t.minimum(self.thread + start, pairs - 1)
+            own, pair = index // each, index % each
+            new = m.n_heads + (own - self.group) * m.n_kv_heads
+            source = t.select(own < self.group, head * self.group + own, new + head)
+            place = self.here + ((source * each + pair) * (2 * FEATURE)).wide() + self.places.qkv
+            both = []
+            for words in self._wait_for([(place, 4), (place + FEATURE, 4)], self.mark):
+                word = t.select(which < 2, t.select(which.equals(0), words[0], words[1]),
+                                t.select(which.equals(2), words[2], words[3]))  # fmt: skip
+                low, high = t.unpack_halves(word)
+                both.append(t.select(odd, high, low) * SCALE)
+            with t.when(self.thread + start < pairs):
+                target = t.select(own < self.group, own * (2 * m.head_dim) + self.queries, 0)
+                target = t.select(own.equals(self.group), t.constant(self.new_key), target)
+                target = t.select(own.equals(self.group + 1), t.constant(self.new_value), target)
+                t.store_shared(self.base + target + pair * 4, t.pack_bf16(*both))
+
+    def _combine_of(self, index: Scalar, head: Scalar, chunk: Scalar, row: Scalar, exists: Scalar) -> None:
+        """The warps' outputs for four of a head's dimensions: hand on their mean, and its weight's logarithm; or that
+        there is none."""
+        m = self.model
+        each = m.head_dim // 4
+        query, four = index // each, index % each
+
+        def combined() -> Sequence[Scalar]:
+            statistics = self.base + query * 4
+            tops = [t.load_shared(statistics, offset=self.maxima + 32 * w)[0].float() for w in range(self.warps)]
+            top = functools.reduce(t.maximum, tops)
+            place = self.base + self.outputs + query * (4 * self.row_words) + four * 16
+            total, values = t.constant(0.0, t.f32()), [t.constant(0.0, t.f32())] * 4
+            for warp in range(self.warps):
+                share = t.exp2(tops[warp] - top)
+                part = t.load_shared(statistics, offset=self.sums + 32 * warp)[0].float()
+                words = t.load_shared(place, 4, offset=warp * self.group * 4 * self.row_words)
+                total = t.fma(share, part, total)
+                values = [t.fma(share, word.float(), value) for word, value in zip(words, values, strict=True)]
+            norm = t.reciprocal(total) * (1 / SCALE)
+            return [top + t.log2(total), *(value * norm for value in values)]
+
+        zero = t.constant(0.0, t.f32())
+        log, *values = t.either(exists, combined, [t.constant(MASKED, t.f32()), *[zero] * 4])
+        place = (chunk * ROWS + row) * m.n_heads + head * self.group + query
+        self._hand_on((place * each + four) * 8 + self.places.attention, values)
+        with t.when(four.equals(0)):
+            address = self.here + (place * 8 + self.places.weights).wide()
+            t.store_global(address, log.bits(), self.tag, how=".relaxed.gpu")
+
+    def _merge(self, source: Scalar) -> None:
+        """The chunks' outputs, weighted, as activations of the output projection."""
+        m = self.model
+        each = m.head_dim // 4
+        items = self.rows * m.n_heads * each
+        for first in range(0, items, self.threads):
+            near = t.minimum(self.thread + first, items - 1)
+            place, four = near // each, near % each  # of a row and a head; of its dimensions
+
+            def merge(i: Scalar, *state: Scalar, place: Scalar = place, four: Scalar = four) -> Sequence[Scalar]:
+                top, total, *sums = state
+                own = [t.minimum(i + chunk, self.chunks - 1) * (ROWS * m.n_heads) + place for chunk in range(MERGED)]
+                logs = self._wait_for_logs([source + (at * 8 + self.places.weights).wide() for at in own])
+                data = self._wait_for(
+                    [(source + ((at * each + four) * 8 + self.places.attention).wide(), 2) for at in own], self.mark
+                )
+                known = [t.select(i + chunk < self.chunks, log, MASKED) for chunk, log in enumerate(logs)]
+                new_top = functools.reduce(t.maximum, known, top)
+                fade = t.exp2(top - new_top)
+                total, sums = total * fade, [s * fade for s in sums]
+                for log, words in zip(known, data, strict=True):
+                    share = t.exp2(log - new_top)
+                    halves = [half for word in words for half in t.unpack_halves(word)]
+                    total, sums = total + share, [t.fma(share, h, s) for h, s in zip(halves, sums, strict=True)]
+                return new_top, total, *sums
+
+            zero = t.constant(0.0, t.f32())
+            _, total, *sums = t.loop(0, self.most_chunks, MERGED, [t.constant(MASKED, t.f32()), *[zero] * 5], merge)
+            norm = t.reciprocal(total)
+            with t.when(self.thread + first < items):
+                row, head = place // m.n_heads, place % m.n_heads
+                target = self.base + self.activations + row * self.stride + (head * m.head_dim + four * 4) * 2
+                t.store_shared(target, *(t.pack_bf16(sums[j] * norm, sums[j + 1] * norm) for j in (0, 2)))
