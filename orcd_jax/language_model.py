@@ -6,6 +6,7 @@ once. While the host reads one chunk of tokens, the next is already running.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
 import threading
@@ -265,7 +266,7 @@ class LanguageModel:
         self._fused = attention_is_fused(config, device, kernels)
         self._buckets = _BUCKETS.get(device.platform, _BUCKETS["gpu"])
         self._programs: dict[Any, jax.stages.Compiled] = {}
-        self._lock = threading.Lock()
+        self._locks: collections.defaultdict[Any, threading.Lock] = collections.defaultdict(threading.Lock)
         # On a CPU launches are cheap, and a large program that runs out of memory has been seen not to return.
         self._launches_cost = device.platform != "cpu"
 
@@ -484,7 +485,7 @@ class LanguageModel:
             "kv_bytes_per_token": config.cache_bytes(1, 1),
             "kv_bytes": config.cache_bytes(1, self.context),
             "workspace_formula_bytes": self.workspace_bytes(1, min(chunk, self.context), self.context),
-            "workspace_bytes": max(map(_temporary_bytes, self._programs.values()), default=0),
+            "workspace_bytes": max(map(_temporary_bytes, list(self._programs.values())), default=0),
             "peak_bytes": peak_bytes(self.device),
         }
 
@@ -724,7 +725,7 @@ class LanguageModel:
         """
         key = self._key(function, args, static)
         with jax.default_device(self.device):
-            with self._lock:
+            with self._locks[key]:  # threads that need different programs compile them side by side
                 if key not in self._programs:
                     start = time.perf_counter()
                     self._programs[key] = self._compile(function, args, params, donate, static)

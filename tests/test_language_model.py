@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from orcd_jax import Sampling, language_model
 from orcd_jax.cache_policy import CachePolicy
 from orcd_jax.device import available_bytes
 from orcd_jax.errors import CapacityError, GGUFError, NonFiniteError, RequestError, TemplateError
+from orcd_jax.language_model import GREEDY, LanguageModel
 
 HERE = Path(__file__).parent
 DRAWN = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
@@ -494,6 +496,26 @@ def test_threads_may_share_a_model(qwen):
     for thread in threads:
         thread.join()
     assert [results[n] for n in range(6)] == expected
+
+
+def test_threads_compile_side_by_side(tiny):
+    """Each of two requests waits, before its first program is compiled, for the other to be as far."""
+    model, compile, here = orcd_jax.load(tiny("qwen2")), LanguageModel._compile, threading.local()
+
+    def ids(rows):
+        return [result.token_ids for result in model.generate([[5, 6]] * rows, 3, GREEDY)]
+
+    together = threading.Barrier(2, timeout=60)
+
+    def wait_and_compile(*args):
+        if not hasattr(here, "came"):
+            here.came = together.wait()
+        return compile(model, *args)
+
+    model._compile = wait_and_compile
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(ids, (1, 2)))
+    assert found == [ids(1), ids(2)]
 
 
 def test_the_same_seed_gives_the_same_bits(qwen):
