@@ -50,6 +50,7 @@ def configure(sizes: DecoderSizes) -> Config:
         raise NotImplementedError(f"more key heads ({sizes.n_kv_heads}) than SMs ({blocks})")
     if sizes.d_ff // 8 < blocks:  # then blocks could be layers apart
         raise NotImplementedError(f"d_ff {sizes.d_ff} does not give each of {blocks} SMs work in every layer")
+    RowKernel(sizes, config, 1)  # raises if its shared memory or its threads do not suffice
     return config
 
 
@@ -82,8 +83,6 @@ def decode_step(
     else:
         kernel = RowsKernel(sizes, config, length, rows)
         given = input_words(x, handover.step, sizes)
-    if kernel.slots < 2:
-        raise NotImplementedError(f"{rows} rows of {sizes}: no room for weights in shared memory")
 
     def body(*refs: Any) -> None:
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(lambda _, *inner: kernel.emit(*inner))(*refs)

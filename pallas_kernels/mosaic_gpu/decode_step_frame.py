@@ -71,6 +71,7 @@ class Frame:
 
     rows = 1  # of the batch
     row_bytes = 4  # of a partial sum of a row of weights
+    finishers = GROUP_ROWS  # threads that see to a unit's results
     chunks: int  # the most that a head's keys are split into
     position: Scalar  # of the row that is attended to
     keys: Scalar  # the layer's, in the cache
@@ -85,6 +86,11 @@ class Frame:
         self.layer_groups = sum(s.units * s.groups for s in self.stages)
         self.logits = Stage(sizes.vocab_size // GROUP_ROWS, sizes.d_model // GROUP_INPUTS, 0)
         self._layout()
+        most = max(-(-stage.units // config.blocks) for stage in self.stages)
+        if most * self.finishers > self.threads:
+            raise NotImplementedError(f"{most} tiles of 16 rows of a matrix for each SM")
+        if self.slots < 2:
+            raise NotImplementedError("no room for weights in shared memory")
 
     def _layout(self) -> None:
         """Shared memory: what the stages need, then as long a ring as fits."""
@@ -251,18 +257,18 @@ class Frame:
         self, stage: Stage, share: tuple[Scalar, Scalar], count: Scalar,
         begin: Callable[[Scalar], Callable[[Scalar, Scalar], None]],
     ) -> Scalar:  # fmt: skip
-        """Multiply the block's units with the activations; 16 threads see to each unit's results, one a row.
+        """Multiply the block's units with the activations; `finishers` threads see to each unit's results.
 
         `count` counts the ring's slots; gives the count after this stage. `begin(unit)` runs before the product, where
         it may ask for what is needed later, in all threads; the function that it gives runs after it in whole warps,
-        with the place of the row's first partial sum, and whether the row is one of the block's.
+        with the place of the first of its partial sums, and whether its unit is one of the block's.
         """
         first, units = share
         total = units * stage.groups
         t.synchronize(1, self.threads)
         with t.when(units.differs(0)):
             team, member = self.warp >> 3, self.warp & 7
-            unit = t.minimum(self.thread // GROUP_ROWS, units - 1)
+            unit = t.minimum(self.thread // self.finishers, units - 1)
             finish = begin(first + unit)
 
             skipped, moved = divmod(SLOT_GROUPS * self.config.teams, stage.groups)
@@ -288,11 +294,11 @@ class Frame:
             state = [place, parity, index // stage.groups, index % stage.groups, *self._no_sums()]
             t.loop(team, (total + (SLOT_GROUPS - 1)) >> 3, self.config.teams, state, slot)
             t.synchronize(1, self.threads)
-            rows = units * GROUP_ROWS
-            with t.when(self.thread < ((rows + 31) & ~31)):
+            finishers = units * self.finishers
+            with t.when(self.thread < ((finishers + 31) & ~31)):
                 place = unit * (GROUP_ROWS * self.row_bytes * self._partials(stage))
-                place = self.base + self.partial + place + (self.thread & 15) * self.row_bytes
-                finish(place, self.thread < rows)
+                place = place + self.thread % self.finishers * (GROUP_ROWS * self.row_bytes // self.finishers)
+                finish(self.base + self.partial + place, self.thread < finishers)
         return count + ((total + (SLOT_GROUPS - 1)) >> 3)
 
     # Attention.

@@ -41,8 +41,10 @@ from pallas_kernels.mosaic_gpu.decode_step_frame import (
 from pallas_kernels.mosaic_gpu.threads import Scalar
 
 FEATURE = 2 * ROWS  # bytes of a feature's results
+QUADS = ROWS // 4
 MARKS = 0x00010001  # the bits of a word that number layers
 POLLED = 2  # pairs of features that a thread asks for at a time
+ADDED = 4  # partial sums that are added up in a turn of a loop: long code is slow, as it is read anew in each layer
 
 
 def marks(tag: Any) -> Any:
@@ -62,6 +64,7 @@ class RowsKernel(Frame):
     """Emits the kernel's code; see `Frame`."""
 
     row_bytes = 4 * ROWS
+    finishers = QUADS * GROUP_ROWS  # each with a feature and four rows
 
     def __init__(self, sizes: DecoderSizes, config: Config, length: int, rows: int) -> None:
         self.rows = rows
@@ -171,13 +174,13 @@ class RowsKernel(Frame):
         return [value.float() for value in values]
 
     def _hand_on(self, place: Scalar, values: Sequence[Scalar]) -> None:
-        """Hand on a feature's results, over `SCALE` already, or four of another kind, at `place`, counted in bytes."""
+        """Hand four results on, over `SCALE` already, at `place`, counted in bytes."""
         words = [t.pack_halves(*values[i : i + 2]) & ~MARKS | self.mark for i in range(0, len(values), 2)]
         t.store_global(self.here + place.wide(), *words, how=".relaxed.gpu")
 
     def _seen(self, address: Scalar) -> list[Scalar]:
-        """A feature's results that this block has waited for before."""
-        words = t.load_global(address, ROWS // 2, how=".relaxed.gpu")
+        """Four rows' results of a feature that this block has waited for before."""
+        words = t.load_global(address, 2, how=".relaxed.gpu")
         return [half for word in words for half in t.unpack_halves(word & ~MARKS)]
 
     def _normal(self, source: Scalar, parts: int, mark: Scalar, scales: Scalar) -> None:
@@ -185,30 +188,33 @@ class RowsKernel(Frame):
         the result."""
         m = self.model
         pairs = m.d_model // 2
-        squares = [t.constant(0.0, t.f32())] * ROWS
-        for first in range(0, pairs, POLLED * self.threads):
-            turns = range(first, min(first + POLLED * self.threads, pairs), self.threads)
-            own = [t.minimum(self.thread + start, pairs - 1) for start in turns]
-            factors = [[w.float() for w in t.load_global(scales + (index * 8).wide(), 2)] for index in own]
+
+        def some(start: Scalar, *squares: Scalar) -> Sequence[Scalar]:
+            own = [start + self.thread + turn * self.threads for turn in range(POLLED)]
+            near = [t.minimum(index, pairs - 1) for index in own]
+            factors = [[w.float() for w in t.load_global(scales + (index * 8).wide(), 2)] for index in near]
             places = [
                 (source + (index * (2 * FEATURE) + (part * m.d_model + feature) * FEATURE).wide(), ROWS // 2)
-                for index in own
+                for index in near
                 for feature in range(2)
                 for part in range(parts)
             ]
-            found = [
-                [half for word in words for half in t.unpack_halves(word)] for words in self._wait_for(places, mark)
-            ]
-            for i, start in enumerate(turns):
-                exists = self.thread + start < pairs
+            words = self._wait_for(places, mark)
+            found = [[half for word in four for half in t.unpack_halves(word)] for four in words]
+            for i, index in enumerate(own):
+                exists = index < pairs
                 a, b = (
                     [t.total(list(values)) for values in zip(*found[j : j + parts], strict=True)]
                     for j in (2 * i * parts, (2 * i + 1) * parts)
                 )
-                self._activate_pair(own[i], exists, [x * factors[i][0] for x in a], [x * factors[i][1] for x in b])
-                for row in range(ROWS):
-                    square = t.fma(a[row], a[row], b[row] * b[row])
-                    squares[row] = squares[row] + t.select(exists, square, 0.0)
+                self._activate_pair(near[i], exists, [x * factors[i][0] for x in a], [x * factors[i][1] for x in b])
+                squares = tuple(
+                    s + t.select(exists, t.fma(x, x, y * y), 0.0) for s, x, y in zip(squares, a, b, strict=True)
+                )
+            return squares
+
+        zeros = [t.constant(0.0, t.f32())] * ROWS
+        squares = t.loop(0, t.kept(t.constant(pairs)), POLLED * self.threads, zeros, some, rolled=True)
         # Each exchange adds up two lanes' sums and leaves each with half of the rows; then lane / 4 is the row.
         for distance in (16, 8, 4):
             half, upper = len(squares) // 2, (self.lane & distance).differs(0)
@@ -229,17 +235,9 @@ class RowsKernel(Frame):
                 t.store_shared(place, t.pack_bf16(a[row], b[row]), offset=row * self.stride)
 
     def _roots(self) -> list[Scalar]:
-        """For each row SCALE / sqrt(mean(x^2) + eps), by which a product with x over SCALE is multiplied."""
-        parts = [
-            [
-                v.float()
-                for half in (0, 16)
-                for v in t.load_shared(self.base + self.squares, 4, offset=4 * ROWS * w + half)
-            ]
-            for w in range(self.warps)
-        ]
-        mean = SCALE**2 / self.model.d_model
-        return [t.rsqrt(t.total(list(s)) * mean + self.model.eps) * SCALE for s in zip(*parts, strict=True)]
+        """For this thread's rows SCALE / sqrt(mean(x^2) + eps), by which products with x over SCALE are multiplied."""
+        sums = self._added_up(self.base + self.squares + self.thread % QUADS * 16, self.warps, 4 * ROWS)
+        return [t.rsqrt(s * (SCALE**2 / self.model.d_model) + self.model.eps) * SCALE for s in sums]
 
     # Products.
 
@@ -297,58 +295,78 @@ class RowsKernel(Frame):
         return new
 
     def _feature(self, place: Scalar, stage: Stage) -> list[Scalar]:
-        """The sums of a feature, one a row, over its partial sums."""
-        size = GROUP_ROWS * self.row_bytes
-        parts = [
-            [v.float() for half in (0, 16) for v in t.load_shared(place, 4, offset=size * i + half)]
-            for i in range(self._partials(stage))
-        ]
-        return [t.total(list(values)) for values in zip(*parts, strict=True)]
+        """The sums of this thread's feature and four rows."""
+        return self._added_up(place, self._partials(stage), GROUP_ROWS * self.row_bytes)
+
+    def _added_up(self, place: Scalar, count: int, distance: int) -> list[Scalar]:
+        """The sum of `count` times four float32, `distance` bytes apart."""
+
+        def some(place: Scalar, number: int) -> list[Scalar]:
+            parts = [[v.float() for v in t.load_shared(place, 4, offset=distance * i)] for i in range(number)]
+            return [t.total(list(values)) for values in zip(*parts, strict=True)]
+
+        rest = count % ADDED or ADDED
+        sums = some(place, rest)
+
+        def more(_: Scalar, place: Scalar, *sums: Scalar) -> Sequence[Scalar]:
+            return place + ADDED * distance, *(a + b for a, b in zip(sums, some(place, ADDED), strict=True))
+
+        turns = (count - rest) // ADDED
+        if turns:
+            _, *sums = t.loop(0, t.kept(t.constant(turns)), 1, [place + rest * distance, *sums], more, rolled=True)
+        return sums
 
     # What becomes of the results.
 
+    def _own(self) -> tuple[Scalar, Scalar]:
+        """Which of a unit's features this thread finishes, and the first of its four rows."""
+        return self.thread // QUADS % GROUP_ROWS, self.thread % QUADS * 4
+
+    def _feature_place(self, feature: Scalar) -> Scalar:
+        """Where this thread's rows' results of a feature are among the features', in bytes."""
+        return feature * FEATURE + self.thread % QUADS * 8
+
     def _qkv(self, unit: Scalar, bias: Scalar) -> Callable[[Scalar, Scalar], None]:
         m = self.model
-        tiles, row = m.head_dim // GROUP_ROWS, self.thread & 15
+        tiles, (feature, first) = m.head_dim // GROUP_ROWS, self._own()
         head, tile = unit // tiles, unit % tiles
         rotated = head < m.n_heads + m.n_kv_heads
-        pair = tile * 8 + (row & 7)
-        within = t.select(rotated, pair + (row >> 3) * (m.head_dim // 2), tile * GROUP_ROWS + row)
+        pair = tile * 8 + (feature & 7)
+        within = t.select(rotated, pair + (feature >> 3) * (m.head_dim // 2), tile * GROUP_ROWS + feature)
         at = head * m.head_dim + within
         (own_bias,) = t.load_global(bias + (at * 4).wide())
 
         def finish(place: Scalar, valid: Scalar) -> None:
             results = []
             for i, (value, root) in enumerate(zip(self._feature(place, self.stages[0]), self._roots(), strict=True)):
+                row = t.minimum(first + i, self.rows - 1)
                 value = t.fma(value, root, own_bias.float())
-                if i < self.rows:
-                    angle = self.base + self.angles + (pair + i * (m.head_dim // 2)) * 4
-                    cos, sin = (t.load_shared(angle, offset=o)[0].float() for o in (0, 2 * m.head_dim * self.rows))
-                    sin = t.select(row < 8, sin * -1.0, sin)
-                    turned = t.fma(t.shuffle_xor(value, 8), sin, value * cos)
-                    value = t.select(rotated, turned, value)
-                results.append(t.round_bf16(value))
+                angle = self.base + self.angles + (pair + row * (m.head_dim // 2)) * 4
+                cos, sin = (t.load_shared(angle, offset=o)[0].float() for o in (0, 2 * m.head_dim * self.rows))
+                sin = t.select(feature < 8, sin * -1.0, sin)
+                turned = t.fma(t.shuffle_xor(value, 8 * QUADS), sin, value * cos)
+                results.append(t.round_bf16(t.select(rotated, turned, value)))
             with t.when(valid):
                 rounded = [(word & -0x10000).float() * (1 / SCALE) for word in results]
-                self._hand_on(at * FEATURE + self.places.qkv, rounded)
+                self._hand_on(self._feature_place(at) + self.places.qkv, rounded)
                 with t.when(head >= m.n_heads):
                     is_key = head < m.n_heads + m.n_kv_heads
                     cache = t.select(is_key, self.keys, self.values)
                     kv_head = head - t.select(is_key, t.constant(m.n_heads), m.n_heads + m.n_kv_heads)
-                    for i in range(self.rows):
-                        slot = self._slot(self._position(i))
-                        with t.when(slot < self.length):
-                            element = ((kv_head + i * m.n_kv_heads) * self.length + slot) * m.head_dim + within
-                            t.store_global_half(cache + element.wide() * 2, results[i] >> 16)
+                    for i, result in enumerate(results):
+                        row = first + i
+                        slot = self._slot(self._position(t.minimum(row, self.rows - 1)))
+                        with t.when(row < self.rows), t.when(slot < self.length):
+                            element = ((kv_head + row * m.n_kv_heads) * self.length + slot) * m.head_dim + within
+                            t.store_global_half(cache + element.wide() * 2, result >> 16)
 
         return finish
 
     def _out(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
         """x with attention's part added."""
-        at = (unit * GROUP_ROWS + (self.thread & 15)) * FEATURE
-        parts = [
-            self._seen(self.before + (at + part * self.model.d_model * FEATURE).wide()) for part in range(DOWN_SPLIT)
-        ]
+        at = self._feature_place(unit * GROUP_ROWS + self._own()[0])
+        size = self.model.d_model * FEATURE
+        parts = [self._seen(self.before + (at + part * size).wide()) for part in range(DOWN_SPLIT)]
 
         def finish(place: Scalar, valid: Scalar) -> None:
             sums = [self._feature(place, self.stages[1]), *parts]
@@ -359,7 +377,7 @@ class RowsKernel(Frame):
 
     def _down(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
         """One of two parts of x with the feed-forward half's added: the first one has the old x in it."""
-        part, at = unit % DOWN_SPLIT, (unit // DOWN_SPLIT * GROUP_ROWS + (self.thread & 15)) * FEATURE
+        part, at = unit % DOWN_SPLIT, self._feature_place(unit // DOWN_SPLIT * GROUP_ROWS + self._own()[0])
         old = self._seen(self.here + (at + self.places.out).wide())
 
         def finish(place: Scalar, valid: Scalar) -> None:
@@ -371,14 +389,14 @@ class RowsKernel(Frame):
         return finish
 
     def _swiglu(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
-        row = self.thread & 15
+        feature, _ = self._own()
 
         def finish(place: Scalar, valid: Scalar) -> None:
             values = [v * root for v, root in zip(self._feature(place, self.stages[2]), self._roots(), strict=True)]
-            other = [t.shuffle_xor(value, 8) for value in values]
+            other = [t.shuffle_xor(value, 8 * QUADS) for value in values]
             results = [a * b * t.sigmoid(a) * (1 / SCALE) for a, b in zip(values, other, strict=True)]
-            with t.when(valid), t.when(row < 8):
-                self._hand_on((unit * 8 + row) * FEATURE + self.places.hidden, results)
+            with t.when(valid), t.when(feature < 8):
+                self._hand_on(self._feature_place(unit * 8 + feature) + self.places.hidden, results)
 
         return finish
 
@@ -390,29 +408,31 @@ class RowsKernel(Frame):
 
         def part(i: Scalar) -> Sequence[Scalar]:
             base = source + (i * (pairs * 2 * FEATURE)).wide()
-            for start in range(0, pairs, POLLED * self.threads):
-                turns = range(start, min(start + POLLED * self.threads, pairs), self.threads)
-                own = [t.minimum(self.thread + turn, pairs - 1) for turn in turns]
-                places = [
-                    (base + (index * (2 * FEATURE) + f * FEATURE).wide(), ROWS // 2) for index in own for f in (0, 1)
-                ]
+
+            def some(start: Scalar) -> Sequence[Scalar]:
+                own = [start + self.thread + turn * self.threads for turn in range(POLLED)]
+                near = [t.minimum(index, pairs - 1) for index in own]
+                places = [(base + (n * (2 * FEATURE) + f * FEATURE).wide(), ROWS // 2) for n in near for f in (0, 1)]
                 found = self._wait_for(places, self.mark)
                 values = [[half for word in words for half in t.unpack_halves(word)] for words in found]
-                for j, (index, turn) in enumerate(zip(own, turns, strict=True)):
-                    exists = self.thread + turn < pairs
-                    self._activate_pair(i * pairs + index, exists, values[2 * j], values[2 * j + 1])
+                for j, (index, n) in enumerate(zip(own, near, strict=True)):
+                    self._activate_pair(i * pairs + n, index < pairs, values[2 * j], values[2 * j + 1])
+                return ()
+
+            t.loop(0, t.kept(t.constant(pairs)), POLLED * self.threads, [], some, rolled=True)
             return ()
 
-        t.loop(begin, t.select(alone, begin + 1, DOWN_SPLIT), 1, [], part)
+        t.loop(begin, t.select(alone, begin + 1, DOWN_SPLIT), 1, [], part, rolled=True)
 
     def _logits(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
-        at = self.result + (unit * 64 + (self.thread & 15) * 4).wide()
+        feature, first = self._own()
+        at = self.result + ((unit * GROUP_ROWS + feature) * 4).wide()
 
         def finish(place: Scalar, valid: Scalar) -> None:
             values = [v * root for v, root in zip(self._feature(place, self.logits), self._roots(), strict=True)]
-            with t.when(valid):
-                for i in range(self.rows):
-                    t.store_global(at, values[i], offset=4 * self.model.vocab_size * i)
+            for i, value in enumerate(values):
+                with t.when(valid), t.when(first + i < self.rows):
+                    t.store_global(at + ((first + i) * (4 * self.model.vocab_size)).wide(), value)
 
         return finish
 
@@ -435,7 +455,7 @@ class RowsKernel(Frame):
             return ()
 
         # Blocks without a unit of q|k|v first.
-        t.loop((self.config.blocks - 1) - turn, self.pairs * self.chunks, self.config.blocks, [], unit)
+        t.loop((self.config.blocks - 1) - turn, self.pairs * self.chunks, self.config.blocks, [], unit, rolled=True)
 
     def _take_queries_of(self, head: Scalar, row: Scalar) -> None:
         """The group's queries and the new key and value of a row, as bfloat16."""
@@ -443,7 +463,8 @@ class RowsKernel(Frame):
         each = m.head_dim // 2
         pairs = (self.group + 2) * each
         odd, which = (row & 1).differs(0), row >> 1
-        for start in range(0, pairs, self.threads):
+
+        def take(start: Scalar) -> Sequence[Scalar]:
             index = t.minimum(self.thread + start, pairs - 1)
             own, pair = index // each, index % each
             new = m.n_heads + (own - self.group) * m.n_kv_heads
@@ -460,6 +481,9 @@ class RowsKernel(Frame):
                 target = t.select(own.equals(self.group), t.constant(self.new_key), target)
                 target = t.select(own.equals(self.group + 1), t.constant(self.new_value), target)
                 t.store_shared(self.base + target + pair * 4, t.pack_bf16(*both))
+            return ()
+
+        t.loop(0, t.kept(t.constant(pairs)), self.threads, [], take, rolled=True)
 
     def _combine_of(self, index: Scalar, head: Scalar, chunk: Scalar, row: Scalar, exists: Scalar) -> None:
         """The warps' outputs for four of a head's dimensions: hand on their mean, and its weight's logarithm; or that
@@ -496,11 +520,12 @@ class RowsKernel(Frame):
         m = self.model
         each = m.head_dim // 4
         items = self.rows * m.n_heads * each
-        for first in range(0, items, self.threads):
+
+        def item(first: Scalar) -> Sequence[Scalar]:
             near = t.minimum(self.thread + first, items - 1)
             place, four = near // each, near % each  # of a row and a head; of its dimensions
 
-            def merge(i: Scalar, *state: Scalar, place: Scalar = place, four: Scalar = four) -> Sequence[Scalar]:
+            def merge(i: Scalar, *state: Scalar) -> Sequence[Scalar]:
                 top, total, *sums = state
                 own = [t.minimum(i + chunk, self.chunks - 1) * (ROWS * m.n_heads) + place for chunk in range(MERGED)]
                 logs = self._wait_for_logs([source + (at * 8 + self.places.weights).wide() for at in own])
@@ -518,9 +543,13 @@ class RowsKernel(Frame):
                 return new_top, total, *sums
 
             zero = t.constant(0.0, t.f32())
-            _, total, *sums = t.loop(0, self.most_chunks, MERGED, [t.constant(MASKED, t.f32()), *[zero] * 5], merge)
+            start = [t.constant(MASKED, t.f32()), *[zero] * 5]
+            _, total, *sums = t.loop(0, self.most_chunks, MERGED, start, merge, rolled=True)
             norm = t.reciprocal(total)
             with t.when(self.thread + first < items):
                 row, head = place // m.n_heads, place % m.n_heads
                 target = self.base + self.activations + row * self.stride + (head * m.head_dim + four * 4) * 2
                 t.store_shared(target, *(t.pack_bf16(sums[j] * norm, sums[j + 1] * norm) for j in (0, 2)))
+            return ()
+
+        t.loop(0, t.kept(t.constant(items)), self.threads, [], item, rolled=True)

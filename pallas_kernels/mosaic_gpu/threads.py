@@ -172,12 +172,17 @@ def either(condition: Scalar, body: Callable[[], Sequence[Scalar]], otherwise: S
 
 def loop(
     start: Scalar | int, stop: Scalar | int, step: Scalar | int, carry: Sequence[Scalar],
-    body: Callable[..., Sequence[Scalar]],
+    body: Callable[..., Sequence[Scalar]], rolled: bool = False,
 ) -> list[Scalar]:  # fmt: skip
-    """`for i in range(start, stop, step): carry = body(i, *carry)`; gives the last carry back."""
+    """`for i in range(start, stop, step): carry = body(i, *carry)`; gives the last carry back.
+
+    `rolled` loops are not unrolled by ptxas, nor by LLVM, if their number of turns is not known to it (`kept`).
+    """
     bounds = [x.value if isinstance(x, Scalar) else constant(x).value for x in (start, stop, step)]
     op = _scf.ForOp(*bounds, [c.value for c in carry])
     with ir.InsertionPoint(op.body):
+        if rolled:
+            ptx('.pragma "nounroll";')
         results = body(Scalar(op.induction_variable), *map(Scalar, op.inner_iter_args))
         scf.yield_([r.value for r in results])
     return [Scalar(r) for r in op.results]
