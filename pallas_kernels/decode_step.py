@@ -102,7 +102,7 @@ class LayerWeights(NamedTuple):
 class PackedWeights(NamedTuple):
     """All weights of a decoder in the order of use."""
 
-    layers: jax.Array  # int8 [L, groups, GROUP_BYTES]: the groups of q|k|v, output, gate|up, down
+    layers: jax.Array  # int8 [L, groups, GROUP_BYTES]: the groups of q|k|v, output, gate|up, and down in two parts
     vectors: jax.Array  # float32 [L, 2 D + (N + 2 K) H]: the two norms' scales, and the bias of q|k|v
     norm: jax.Array  # float32 [D]
     head: jax.Array  # int8 [groups, GROUP_BYTES]
@@ -198,6 +198,19 @@ def pack_matrix(values: jax.Array, scales: jax.Array, rows: np.ndarray) -> jax.A
     return jnp.concatenate([v.reshape(tiles * groups, -1), s], axis=1)
 
 
+def pack_parts(values: jax.Array, scales: jax.Array, rows: np.ndarray) -> jax.Array:
+    """As `pack_matrix`, first all that belongs to the first of `DOWN_SPLIT` parts of the inputs."""
+    parts = zip(jnp.split(values, DOWN_SPLIT, axis=1), jnp.split(scales, DOWN_SPLIT, axis=1), strict=True)
+    return jnp.concatenate([pack_matrix(v, s, rows) for v, s in parts])
+
+
+def unpack_parts(packed: jax.Array, rows: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """What `pack_parts` was given."""
+    parts = [unpack_matrix(part, rows) for part in jnp.split(packed, DOWN_SPLIT)]
+    values, scales = (jnp.concatenate(halves, axis=1) for halves in zip(*parts, strict=True))
+    return values, scales
+
+
 def unpack_matrix(packed: jax.Array, rows: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """What `pack_matrix` was given: values and scales."""
     tiles = len(rows) // GROUP_ROWS
@@ -212,8 +225,9 @@ def unpack_matrix(packed: jax.Array, rows: np.ndarray) -> tuple[jax.Array, jax.A
 # Two programs and nothing beside them: each one costs a start its tracing, and a launch its time.
 @jax.jit(static_argnums=0)
 def _pack_layer(sizes: DecoderSizes, layer: LayerWeights) -> tuple[jax.Array, jax.Array]:
-    matrices = layer.qkv, layer.out, layer.gate_up, layer.down
-    groups = jnp.concatenate([pack_matrix(*m, o) for m, o in zip(matrices, sizes.row_orders(), strict=True)])
+    matrices, (*orders, order) = (layer.qkv, layer.out, layer.gate_up), sizes.row_orders()
+    packed = [pack_matrix(*m, o) for m, o in zip(matrices, orders, strict=True)]
+    groups = jnp.concatenate([*packed, pack_parts(*layer.down, order)])
     bias = jnp.zeros(sizes.qkv_rows) if layer.qkv_bias is None else layer.qkv_bias
     vectors = layer.attention_norm, layer.swiglu_norm, bias
     return groups, jnp.concatenate([vector.astype(jnp.float32) for vector in vectors])
@@ -254,7 +268,9 @@ def reference(
         vectors = jnp.split(weights.vectors[layer], [sizes.d_model, 2 * sizes.d_model])
         ends = np.cumsum([rows * width // (GROUP_ROWS * GROUP_INPUTS) for rows, width in sizes.matrices()])
         parts = jnp.split(weights.layers[layer], ends[:-1])
-        qkv, out, gate_up, down = (unpack_matrix(p, o) for p, o in zip(parts, sizes.row_orders(), strict=True))
+        *orders, order = sizes.row_orders()
+        qkv, out, gate_up = (unpack_matrix(p, o) for p, o in zip(parts[:-1], orders, strict=True))
+        down = unpack_parts(parts[-1], order)
         q, k, v = qkv_rope(
             x, vectors[0], qkv, vectors[2], cos[:, None], sin[:, None], sizes.n_heads, sizes.n_kv_heads, sizes.eps
         )

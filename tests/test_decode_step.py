@@ -24,7 +24,9 @@ from pallas_kernels.decode_step import (
     init_handover,
     pack,
     pack_matrix,
+    pack_parts,
     unpack_matrix,
+    unpack_parts,
 )  # fmt: skip
 from pallas_kernels.implementation import on_hopper, use
 
@@ -128,13 +130,15 @@ def relative_error(actual, expected):
     return np.linalg.norm(np.asarray(actual, np.float64) - expected) / np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("packing", [(pack_matrix, unpack_matrix), (pack_parts, unpack_parts)])
 @pytest.mark.parametrize("matrix", range(4))
-def test_unpacking_undoes_packing(matrix):
+def test_unpacking_undoes_packing(matrix, packing):
+    pack_it, unpack_it = packing
     rows, width = SIZES.matrices()[matrix]
     original = random_matrix(np.random.default_rng(matrix), rows, width)
     order = SIZES.row_orders()[matrix]
     assert sorted(order) == list(range(rows))
-    values, scales = unpack_matrix(pack_matrix(*map(jnp.asarray, original), order), order)
+    values, scales = unpack_it(pack_it(*map(jnp.asarray, original), order), order)
     assert np.array_equal(values, original[0])
     assert np.array_equal(scales, original[1])
 

@@ -108,7 +108,7 @@ class Frame:
         self.outputs = take(4 * self.warps * self.group * self.row_words)
         self.maxima = take(4 * self.warps * 8)
         self.sums = take(4 * self.warps * 8)
-        self._lay_out_activations(take, max(m.d_model, m.n_heads * m.head_dim, m.d_ff))
+        self._lay_out_activations(take)
         self.queries = take(2 * 8 * m.head_dim)
         self.new_key = take(2 * m.head_dim)
         self.new_value = take(2 * m.head_dim)
@@ -171,8 +171,8 @@ class Frame:
 
     # What the kernels for one row and for few do their own way.
 
-    def _lay_out_activations(self, take: Callable[[int], int], width: int) -> None:
-        """Places in shared memory for the activations of a stage, at most `width` a row, and what goes with them."""
+    def _lay_out_activations(self, take: Callable[[int], int]) -> None:
+        """Places in shared memory for the activations of a stage and what goes with them."""
         raise NotImplementedError
 
     def _take_positions(self, positions: Scalar) -> None:
@@ -251,6 +251,19 @@ class Frame:
             with t.when(index < items):
                 body(index)
 
+    def _part(self, unit: Scalar) -> Scalar:
+        """The part of the inputs that a unit of down takes: first come all of the first part."""
+        return unit // (self.stages[3].units // DOWN_SPLIT)
+
+    def _parts_of(self, share: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
+        """The parts that a share of down takes: the first one, and the one after the last."""
+        first, units = share
+        return self._part(first), self._part(first + units - 1) + 1
+
+    def _in_parts(self, stage: Stage) -> bool:
+        """Whether there are activations of several parts of the stage's inputs side by side."""
+        return stage == self.stages[3]
+
     # Products.
 
     def _multiply(
@@ -277,7 +290,7 @@ class Frame:
 
             def slot(i: Scalar, place: Scalar, parity: Scalar, unit: Scalar, part: Scalar, *sums: Scalar) -> Any:
                 t.wait(self.full + place * 8, parity)
-                offset = ((first + unit) % DOWN_SPLIT) * stage.groups if stage == self.stages[3] else 0
+                offset = self._part(first + unit) * stage.groups if self._in_parts(stage) else 0
                 index = i * SLOT_GROUPS + member
                 sums = self._add_group(stage, place, index, index < total, unit, part, part + offset, sums)
                 t.synchronize_warp()

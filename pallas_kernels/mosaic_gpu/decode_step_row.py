@@ -45,7 +45,9 @@ class RowKernel(Frame):
         self.words = HandoverWords.of(sizes)
         self.chunks = max(1, min(sizes.chunks, config.blocks // sizes.n_kv_heads))
 
-    def _lay_out_activations(self, take: Callable[[int], int], width: int) -> None:
+    def _lay_out_activations(self, take: Callable[[int], int]) -> None:
+        m = self.model
+        width = max(m.d_model, m.n_heads * m.head_dim, m.d_ff)
         self.activations = take(2 * width)
         self.levels = take(4 * width // GROUP_INPUTS)
         self.squares = take(4 * self.warps)
@@ -280,7 +282,8 @@ class RowKernel(Frame):
         """Hand rows on as they are, in pairs."""
         row = self.thread & 15
         if stage == self.stages[3]:
-            part, tile = unit % DOWN_SPLIT, unit // DOWN_SPLIT
+            part = self._part(unit)
+            tile = unit - part * (stage.units // DOWN_SPLIT)
             at = part * (self.model.d_model // 2) + tile * (GROUP_ROWS // 2) + (row >> 1) + self.words.down
         else:
             at = unit * (GROUP_ROWS // 2) + (row >> 1) + self.words.out
@@ -308,11 +311,8 @@ class RowKernel(Frame):
         return finish
 
     def _hidden(self, source: Scalar, share: tuple[Scalar, Scalar]) -> None:
-        """The hidden activations that the block's units of the down projection take: of one unit, one part."""
-        first, units = share
+        """The hidden activations that the block's units of the down projection take."""
         pairs = self.model.d_ff // 4 // DOWN_SPLIT
-        alone = units.equals(1)
-        begin = t.select(alone, first % DOWN_SPLIT, 0)
 
         def part(i: Scalar) -> Sequence[Scalar]:
             base = source + (i * (16 * pairs)).wide() + 8 * self.words.hidden
@@ -323,7 +323,7 @@ class RowKernel(Frame):
                 self._activate(i * pairs + index, index < pairs, halves, SCALE)
             return ()
 
-        t.loop(begin, t.select(alone, begin + 1, DOWN_SPLIT), 1, [], part)
+        t.loop(*self._parts_of(share), 1, [], part)
 
     def _logits(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
         at = self.result + (unit * 64 + (self.thread & 15) * 4).wide()

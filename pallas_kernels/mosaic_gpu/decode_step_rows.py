@@ -73,7 +73,17 @@ class RowsKernel(Frame):
         self.chunks = sizes.chunks_of(rows)
         self.pairs = rows * sizes.n_kv_heads  # of a row and a key head
 
-    def _lay_out_activations(self, take: Callable[[int], int], width: int) -> None:
+    def _in_parts(self, stage: Stage) -> bool:
+        """Not where no block's share of down is of two parts: then there is room for one."""
+        down, blocks = self.stages[3], self.config.blocks
+        each, rest = divmod(down.units, blocks)
+        starts = {turn * each + min(turn, rest) for turn in range(blocks)}
+        return stage == down and not {down.units // DOWN_SPLIT * part for part in range(1, DOWN_SPLIT)} <= starts
+
+    def _lay_out_activations(self, take: Callable[[int], int]) -> None:
+        m = self.model
+        hidden = m.d_ff if self._in_parts(self.stages[3]) else m.d_ff // DOWN_SPLIT
+        width = max(m.d_model, m.n_heads * m.head_dim, hidden)
         self.stride = 2 * width + 64  # of a row: lanes of a warp hit different banks
         self.activations = take(ROWS * self.stride)
         self.squares = take(4 * self.warps * ROWS)
@@ -377,7 +387,9 @@ class RowsKernel(Frame):
 
     def _down(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
         """One of two parts of x with the feed-forward half's added: the first one has the old x in it."""
-        part, at = unit % DOWN_SPLIT, self._feature_place(unit // DOWN_SPLIT * GROUP_ROWS + self._own()[0])
+        part = self._part(unit)
+        tile = unit - part * (self.stages[3].units // DOWN_SPLIT)
+        at = self._feature_place(tile * GROUP_ROWS + self._own()[0])
         old = self._seen(self.here + (at + self.places.out).wide())
 
         def finish(place: Scalar, valid: Scalar) -> None:
@@ -401,10 +413,7 @@ class RowsKernel(Frame):
         return finish
 
     def _hidden(self, source: Scalar, share: tuple[Scalar, Scalar]) -> None:
-        first, units = share
         pairs = self.model.d_ff // 2 // DOWN_SPLIT
-        alone = units.equals(1)
-        begin = t.select(alone, first % DOWN_SPLIT, 0)
 
         def part(i: Scalar) -> Sequence[Scalar]:
             base = source + (i * (pairs * 2 * FEATURE)).wide()
@@ -416,13 +425,14 @@ class RowsKernel(Frame):
                 found = self._wait_for(places, self.mark)
                 values = [[half for word in words for half in t.unpack_halves(word)] for words in found]
                 for j, (index, n) in enumerate(zip(own, near, strict=True)):
-                    self._activate_pair(i * pairs + n, index < pairs, values[2 * j], values[2 * j + 1])
+                    place = i * pairs + n if self._in_parts(self.stages[3]) else n
+                    self._activate_pair(place, index < pairs, values[2 * j], values[2 * j + 1])
                 return ()
 
             t.loop(0, t.kept(t.constant(pairs)), POLLED * self.threads, [], some, rolled=True)
             return ()
 
-        t.loop(begin, t.select(alone, begin + 1, DOWN_SPLIT), 1, [], part, rolled=True)
+        t.loop(*self._parts_of(share), 1, [], part, rolled=True)
 
     def _logits(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
         feature, first = self._own()
