@@ -22,6 +22,9 @@ if not hasattr(jax.experimental.mosaic.gpu.utils, "inline_ptx"):
     pytest.skip("needs jax 0.11.2 or newer, whose Mosaic GPU can inline PTX", allow_module_level=True)
 
 
+LAUNCH = products.launch
+
+
 @pytest.fixture(autouse=True)
 def simulated(monkeypatch):
     if not on_hopper():
@@ -152,3 +155,22 @@ def test_qkv_rope(config, stored):
     else:
         rest = [y.reshape(batch, length, k, head_dim) for y in rest]
     agree((q.reshape(expected_q.shape), *rest), (expected_q, *expected))
+
+
+def test_what_works_in_place_reads_no_slices():
+    """XLA would fuse a slice into the kernel, and forget that the kernel's results are its operands, changed."""
+    x, weight = normal(1, 16, 128, dtype=jnp.bfloat16), random_weight(3, 3 * 32, 128)
+    angles, cache = jnp.zeros((3, 16)), jnp.zeros((3, 1, 8, 32), jnp.bfloat16)
+
+    def run(x, norm, weight, angles, cache, slots):
+        return products.qkv_rope(
+            runner(Config(8, 4, 2, 1, 2)), x[:3], norm, *weight, None, angles, angles, 1, 1, 1e-6,
+            (cache, cache + 1, slots),
+        )  # fmt: skip
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "launch", LAUNCH)
+        jaxpr = jax.make_jaxpr(run)(x, jnp.ones(128), weight, angles, cache, jnp.zeros((3, 1), jnp.int32)).jaxpr
+    made_by = {id(var): eqn.primitive.name for eqn in jaxpr.eqns for var in eqn.outvars}
+    kernel = max(jaxpr.eqns, key=lambda eqn: sum(made_by.get(id(var)) == "new_ref" for var in eqn.invars))
+    assert sorted(made_by[id(var)] for var in kernel.invars) == ["new_ref"] * 2 + ["optimization_barrier"] * 7
