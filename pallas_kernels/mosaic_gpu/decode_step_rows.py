@@ -43,7 +43,7 @@ from pallas_kernels.mosaic_gpu.threads import Scalar
 FEATURE = 2 * ROWS  # bytes of a feature's results
 QUADS = ROWS // 4
 MARKS = 0x00010001  # the bits of a word that number layers
-POLLED = 2  # pairs of features that a thread asks for at a time
+POLLED = 4  # pairs of features that a thread asks for at a time, or pieces of a head's output
 ADDED = 4  # partial sums that are added up in a turn of a loop: long code is slow, as it is read anew in each layer
 
 
@@ -67,10 +67,9 @@ class RowsKernel(Frame):
     finishers = QUADS * GROUP_ROWS  # each with a feature and four rows
 
     def __init__(self, sizes: DecoderSizes, config: Config, length: int, rows: int) -> None:
-        self.rows = rows
+        self.rows, self.chunks = rows, sizes.chunks_of(rows)
         super().__init__(sizes, config, length)
         self.places = HandoverOfRows.of(sizes, rows)
-        self.chunks = sizes.chunks_of(rows)
         self.pairs = rows * sizes.n_kv_heads  # of a row and a key head
 
     def _in_parts(self, stage: Stage) -> bool:
@@ -88,6 +87,7 @@ class RowsKernel(Frame):
         self.activations = take(ROWS * self.stride)
         self.squares = take(4 * self.warps * ROWS)
         self.positions = take(4 * ROWS)
+        self.weights_of_chunks = take(4 * self.chunks * ROWS * m.n_heads)
 
     def _take_positions(self, positions: Scalar) -> None:
         with t.when(self.thread < self.rows):
@@ -153,22 +153,25 @@ class RowsKernel(Frame):
         t.loop(0, units, HEAD_UNITS, [count], part)
 
     def _wait_for(self, places: Sequence[tuple[Scalar, int]], mark: Scalar) -> list[list[Scalar]]:
-        """The words at each (address, number of words), two or four, once all carry the mark; without their marks.
+        """The words at each (address, number of words), two or four, once all carry the mark; without their marks."""
 
-        The last one is waited for alone: looking at all of them again and again would keep L2 from everything else.
-        """
-
-        def attempt(places: Sequence[tuple[Scalar, int]]) -> tuple[Scalar, list[Scalar]]:
+        def attempt() -> tuple[Scalar, Sequence[Scalar]]:
             words = [w for at, n in places for w in t.load_global(at, n, how=".relaxed.gpu")]
             t.ptx(f"nanosleep.u32 {PAUSE};")
             wrong = functools.reduce(lambda a, b: a | b, [word ^ mark for word in words]) & MARKS
             return wrong.equals(0), [word & ~MARKS for word in words]
 
-        if len(places) > 1:
-            t.repeat_until(lambda: (attempt(places[-1:])[0], ()), [])
-        words = iter(t.repeat_until(lambda: attempt(places), [t.i32()] * sum(n for _, n in places)))
+        words = iter(t.repeat_until(attempt, [t.i32()] * sum(n for _, n in places)))
         t.synchronize_warp()
         return [[next(words) for _ in range(n)] for _, n in places]
+
+    def _wait_for_features(self, source: Scalar, pairs: int, mark: Scalar) -> None:
+        """Wait for one of the pairs of features that a thread will take, before it asks for all.
+
+        To look at all of them again and again would keep L2 from everything else.
+        """
+        last = t.minimum(self.thread + pairs // self.threads * self.threads, pairs - 1)
+        self._wait_for([(source + (last * (2 * FEATURE)).wide(), 4)], mark)
 
     def _wait_for_logs(self, places: Sequence[Scalar]) -> list[Scalar]:
         """The float32 at each address, once the tags beside them are this layer's."""
@@ -198,9 +201,11 @@ class RowsKernel(Frame):
         the result."""
         m = self.model
         pairs = m.d_model // 2
+        together = min(POLLED // parts, -(-pairs // self.threads))
+        self._wait_for_features(source + (parts - 1) * m.d_model * FEATURE, pairs, mark)
 
         def some(start: Scalar, *squares: Scalar) -> Sequence[Scalar]:
-            own = [start + self.thread + turn * self.threads for turn in range(POLLED)]
+            own = [start + self.thread + turn * self.threads for turn in range(together)]
             near = [t.minimum(index, pairs - 1) for index in own]
             factors = [[w.float() for w in t.load_global(scales + (index * 8).wide(), 2)] for index in near]
             places = [
@@ -224,7 +229,7 @@ class RowsKernel(Frame):
             return squares
 
         zeros = [t.constant(0.0, t.f32())] * ROWS
-        squares = t.loop(0, t.kept(t.constant(pairs)), POLLED * self.threads, zeros, some, rolled=True)
+        squares = t.loop(0, t.kept(t.constant(pairs)), together * self.threads, zeros, some, rolled=True)
         # Each exchange adds up two lanes' sums and leaves each with half of the rows; then lane / 4 is the row.
         for distance in (16, 8, 4):
             half, upper = len(squares) // 2, (self.lane & distance).differs(0)
@@ -414,12 +419,14 @@ class RowsKernel(Frame):
 
     def _hidden(self, source: Scalar, share: tuple[Scalar, Scalar]) -> None:
         pairs = self.model.d_ff // 2 // DOWN_SPLIT
+        together = min(POLLED, -(-pairs // self.threads))
 
         def part(i: Scalar) -> Sequence[Scalar]:
             base = source + (i * (pairs * 2 * FEATURE)).wide()
+            self._wait_for_features(base, pairs, self.mark)
 
             def some(start: Scalar) -> Sequence[Scalar]:
-                own = [start + self.thread + turn * self.threads for turn in range(POLLED)]
+                own = [start + self.thread + turn * self.threads for turn in range(together)]
                 near = [t.minimum(index, pairs - 1) for index in own]
                 places = [(base + (n * (2 * FEATURE) + f * FEATURE).wide(), ROWS // 2) for n in near for f in (0, 1)]
                 found = self._wait_for(places, self.mark)
@@ -429,7 +436,7 @@ class RowsKernel(Frame):
                     self._activate_pair(place, index < pairs, values[2 * j], values[2 * j + 1])
                 return ()
 
-            t.loop(0, t.kept(t.constant(pairs)), POLLED * self.threads, [], some, rolled=True)
+            t.loop(0, t.kept(t.constant(pairs)), together * self.threads, [], some, rolled=True)
             return ()
 
         t.loop(*self._parts_of(share), 1, [], part, rolled=True)
@@ -473,27 +480,28 @@ class RowsKernel(Frame):
         each = m.head_dim // 2
         pairs = (self.group + 2) * each
         odd, which = (row & 1).differs(0), row >> 1
-
-        def take(start: Scalar) -> Sequence[Scalar]:
-            index = t.minimum(self.thread + start, pairs - 1)
+        indices = [self.thread + start for start in range(0, pairs, self.threads)]
+        near = [t.minimum(index, pairs - 1) for index in indices]
+        places = []
+        for index in near:
             own, pair = index // each, index % each
             new = m.n_heads + (own - self.group) * m.n_kv_heads
             source = t.select(own < self.group, head * self.group + own, new + head)
             place = self.here + ((source * each + pair) * (2 * FEATURE)).wide() + self.places.qkv
-            both = []
-            for words in self._wait_for([(place, 4), (place + FEATURE, 4)], self.mark):
-                word = t.select(which < 2, t.select(which.equals(0), words[0], words[1]),
-                                t.select(which.equals(2), words[2], words[3]))  # fmt: skip
-                low, high = t.unpack_halves(word)
-                both.append(t.select(odd, high, low) * SCALE)
-            with t.when(self.thread + start < pairs):
+            places += [(place, 4), (place + FEATURE, 4)]
+        halves = []
+        for words in self._wait_for(places, self.mark):
+            word = t.select(which < 2, t.select(which.equals(0), words[0], words[1]),
+                            t.select(which.equals(2), words[2], words[3]))  # fmt: skip
+            low, high = t.unpack_halves(word)
+            halves.append(t.select(odd, high, low) * SCALE)
+        for i, index in enumerate(indices):
+            own, pair = near[i] // each, near[i] % each
+            with t.when(index < pairs):
                 target = t.select(own < self.group, own * (2 * m.head_dim) + self.queries, 0)
                 target = t.select(own.equals(self.group), t.constant(self.new_key), target)
                 target = t.select(own.equals(self.group + 1), t.constant(self.new_value), target)
-                t.store_shared(self.base + target + pair * 4, t.pack_bf16(*both))
-            return ()
-
-        t.loop(0, t.kept(t.constant(pairs)), self.threads, [], take, rolled=True)
+                t.store_shared(self.base + target + pair * 4, t.pack_bf16(*halves[2 * i : 2 * i + 2]))
 
     def _combine_of(self, index: Scalar, head: Scalar, chunk: Scalar, row: Scalar, exists: Scalar) -> None:
         """The warps' outputs for four of a head's dimensions: hand on their mean, and its weight's logarithm; or that
@@ -527,39 +535,71 @@ class RowsKernel(Frame):
 
     def _merge(self, source: Scalar) -> None:
         """The chunks' outputs, weighted, as activations of the output projection."""
+        if self.chunks > 1:
+            self._weigh_chunks(source)
+            t.synchronize(1, self.threads)
         m = self.model
-        each = m.head_dim // 4
+        each = m.head_dim // 8  # pieces of a head's output
         items = self.rows * m.n_heads * each
+        together = min(POLLED, -(-items // self.threads))
 
-        def item(first: Scalar) -> Sequence[Scalar]:
-            near = t.minimum(self.thread + first, items - 1)
-            place, four = near // each, near % each  # of a row and a head; of its dimensions
+        def some(start: Scalar) -> Sequence[Scalar]:
+            own = [start + self.thread + turn * self.threads for turn in range(together)]
+            near = [t.minimum(index, items - 1) for index in own]
 
-            def merge(i: Scalar, *state: Scalar) -> Sequence[Scalar]:
-                top, total, *sums = state
-                own = [t.minimum(i + chunk, self.chunks - 1) * (ROWS * m.n_heads) + place for chunk in range(MERGED)]
-                logs = self._wait_for_logs([source + (at * 8 + self.places.weights).wide() for at in own])
-                data = self._wait_for(
-                    [(source + ((at * each + four) * 8 + self.places.attention).wide(), 2) for at in own], self.mark
-                )
-                known = [t.select(i + chunk < self.chunks, log, MASKED) for chunk, log in enumerate(logs)]
-                new_top = functools.reduce(t.maximum, known, top)
-                fade = t.exp2(top - new_top)
-                total, sums = total * fade, [s * fade for s in sums]
-                for log, words in zip(known, data, strict=True):
-                    share = t.exp2(log - new_top)
+            def add(chunk: Scalar, *sums: Scalar) -> Sequence[Scalar]:
+                first = chunk * (ROWS * m.n_heads)
+                places = [(source + ((first * each + index) * 16 + self.places.attention).wide(), 4) for index in near]
+                new = []
+                for i, words in enumerate(self._wait_for(places, self.mark)):
+                    weight = t.constant(1.0, t.f32())
+                    if self.chunks > 1:
+                        at = (first + near[i] // each) * 4 + self.base
+                        weight = t.load_shared(at, offset=self.weights_of_chunks)[0].float()
                     halves = [half for word in words for half in t.unpack_halves(word)]
-                    total, sums = total + share, [t.fma(share, h, s) for h, s in zip(halves, sums, strict=True)]
-                return new_top, total, *sums
+                    new += [t.fma(weight, half, s) for half, s in zip(halves, sums[8 * i :], strict=False)]
+                return new
 
-            zero = t.constant(0.0, t.f32())
-            start = [t.constant(MASKED, t.f32()), *[zero] * 5]
-            _, total, *sums = t.loop(0, self.most_chunks, MERGED, start, merge, rolled=True)
-            norm = t.reciprocal(total)
-            with t.when(self.thread + first < items):
+            sums = t.loop(0, self.most_chunks, 1, [t.constant(0.0, t.f32())] * (8 * together), add, rolled=True)
+            for i, index in enumerate(own):
+                place, piece = near[i] // each, near[i] % each
                 row, head = place // m.n_heads, place % m.n_heads
-                target = self.base + self.activations + row * self.stride + (head * m.head_dim + four * 4) * 2
-                t.store_shared(target, *(t.pack_bf16(sums[j] * norm, sums[j + 1] * norm) for j in (0, 2)))
+                target = self.base + self.activations + row * self.stride + (head * m.head_dim + piece * 8) * 2
+                with t.when(index < items):
+                    t.store_shared(target, *(t.pack_bf16(*sums[j : j + 2]) for j in range(8 * i, 8 * i + 8, 2)))
             return ()
 
-        t.loop(0, t.kept(t.constant(items)), self.threads, [], item, rolled=True)
+        t.loop(0, t.kept(t.constant(items)), together * self.threads, [], some, rolled=True)
+
+    def _weigh_chunks(self, source: Scalar) -> None:
+        """Each chunk's weight in the output of a row's head, to shared memory; a thread sees to all of one output."""
+        heads = self.rows * self.model.n_heads
+        mine = self.base + self.weights_of_chunks
+
+        def output(start: Scalar) -> Sequence[Scalar]:
+            place = t.minimum(start + self.thread, heads - 1)
+
+            def look(i: Scalar, top: Scalar, total: Scalar) -> Sequence[Scalar]:
+                own = [t.minimum(i + n, self.chunks - 1) * (ROWS * self.model.n_heads) + place for n in range(MERGED)]
+                logs = self._wait_for_logs([source + (at * 8 + self.places.weights).wide() for at in own])
+                for at, log in zip(own, logs, strict=True):
+                    t.store_shared(mine + at * 4, log)
+                known = [t.select(i + n < self.chunks, log, MASKED) for n, log in enumerate(logs)]
+                new_top = functools.reduce(t.maximum, known, top)
+                shares = [t.exp2(log - new_top) for log in known]
+                return new_top, functools.reduce(lambda a, b: a + b, shares, total * t.exp2(top - new_top))
+
+            start_ = [t.constant(MASKED, t.f32()), t.constant(0.0, t.f32())]
+            top, total = t.loop(0, self.most_chunks, MERGED, start_, look, rolled=True)
+            norm = t.reciprocal(total)
+
+            def weigh(chunk: Scalar) -> Sequence[Scalar]:
+                at = mine + (chunk * (ROWS * self.model.n_heads) + place) * 4
+                t.store_shared(at, t.exp2(t.load_shared(at)[0].float() - top) * norm)
+                return ()
+
+            with t.when(start + self.thread < heads):  # others would weigh the last output's again
+                t.loop(0, self.most_chunks, 1, [], weigh, rolled=True)
+            return ()
+
+        t.loop(0, t.kept(t.constant(heads)), self.threads, [], output, rolled=True)
