@@ -18,7 +18,15 @@ from orcd_jax.loader import Params
 from orcd_jax.model import Decoder, rope_angles
 from orcd_jax.quantize import QuantizedArray
 from pallas_kernels import decode_step
-from pallas_kernels.decode_step import ROWS, DecoderSizes, Handover, LayerWeights, PackedWeights, init_handover
+from pallas_kernels.decode_step import (
+    ROWS,
+    DecoderSizes,
+    Handover,
+    LayerWeights,
+    PackedWeights,
+    Pools,
+    init_handover,
+)  # fmt: skip
 from pallas_kernels.decode_step import pack as pack_weights
 from pallas_kernels.implementation import on_hopper, preferred
 
@@ -75,7 +83,7 @@ def begin(params: Params, config: ModelConfig, cache: KVCache) -> Handover | Non
     """
     plain = isinstance(cache, FullCache) or (isinstance(cache, SlidingCache) and cache.sinks == 0)
     rows = cache.lengths.shape[0]
-    few = rows <= (ROWS if preferred() == "mosaic_gpu" else 1)
+    few = rows == 1 or (preferred() == "mosaic_gpu" and rows <= ROWS and Pools.of(rows).take(rows))
     plain = plain and few and not config.cache.int8
     rotated = 2 * len(config.rope_frequencies()) == config.head_dim
     if PACKED not in params or not plain or not rotated or config.activation_dtype != jnp.bfloat16:
@@ -119,6 +127,7 @@ def step(
         old,
         handover,
         sizes=_sizes_on(config, cache),
+        head=params["embedding" if config.tied_head else "head"],
         implementation=implementation,
     )
     new: Any = [LayerCache(*layer) for layer in layers]

@@ -34,7 +34,23 @@ GROUP_BYTES = GROUP_ROWS * GROUP_INPUTS * 17 // 16
 COPIES = 4  # of what many blocks read, so that they wait for different memory
 CHUNKS = 32  # the most that a head's keys are split into
 DOWN_SPLIT = 2  # parts of the inputs of the down projection
-ROWS = 8  # the most of a batch that the kernel takes
+ROWS = 128  # the most of a batch that a kernel takes
+
+
+class Pools(NamedTuple):
+    """How several rows are divided between pools of SMs, each of which takes its own through all layers."""
+
+    number: int
+    width: int  # rows of a pool, which the last one may not fill if it is the only one
+
+    @classmethod
+    def of(cls, rows: int) -> Pools:
+        width = 8 if rows <= 8 else 16
+        return cls(-(-rows // width), width)
+
+    def take(self, rows: int) -> bool:
+        """Whether so many rows can be divided like this."""
+        return self.number == 1 or rows % self.width == 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +75,8 @@ class DecoderSizes:
 
     def chunks_of(self, rows: int) -> int:
         """`chunks` where there are so many rows."""
-        return max(1, min(CHUNKS, 128 // (rows * self.n_kv_heads)))
+        pools = Pools.of(rows)
+        return max(1, min(CHUNKS, 128 // pools.number // (min(rows, pools.width) * self.n_kv_heads)))
 
     @property
     def qkv_rows(self) -> int:
@@ -126,23 +143,23 @@ class HandoverWords(NamedTuple):
 
 
 class HandoverOfRows(NamedTuple):
-    """As `HandoverWords` for several rows, in bytes. All is float16 [.., ROWS], but for what attention makes."""
+    """As `HandoverWords` for a pool of rows, in bytes. All is float16 [.., rows], but for what attention makes."""
 
-    qkv: int  # [(N + 2 K) H, ROWS]
-    attention: int  # [chunks, ROWS, N, H]: outputs
-    weights: int  # [chunks, ROWS, N]: the logarithms of their weights, float32, and tags
-    out: int  # [D, ROWS]
-    hidden: int  # [F, ROWS]
-    down: int  # [2, D, ROWS]: two parts, to be summed
+    qkv: int  # [(N + 2 K) H, rows]
+    attention: int  # [chunks, rows, N, H]: outputs
+    weights: int  # [chunks, rows, N]: the logarithms of their weights, float32, and tags
+    out: int  # [D, rows]
+    hidden: int  # [F, rows]
+    down: int  # [2, D, rows]: two parts, to be summed
     total: int
 
     @classmethod
     def of(cls, sizes: DecoderSizes, rows: int) -> HandoverOfRows:
-        outputs = sizes.chunks_of(rows) * ROWS * sizes.n_heads
-        feature = 2 * ROWS
+        width = Pools.of(rows).width
+        outputs = sizes.chunks_of(rows) * width * sizes.n_heads
         counts = (
-            feature * sizes.qkv_rows, 2 * outputs * sizes.head_dim, 8 * outputs, feature * sizes.d_model,
-            feature * sizes.d_ff, DOWN_SPLIT * feature * sizes.d_model,
+            2 * width * sizes.qkv_rows, 2 * outputs * sizes.head_dim, 8 * outputs, 2 * width * sizes.d_model,
+            2 * width * sizes.d_ff, DOWN_SPLIT * 2 * width * sizes.d_model,
         )  # fmt: skip
         return cls(*(sum(counts[:i]) for i in range(len(counts) + 1)))
 
@@ -150,7 +167,7 @@ class HandoverOfRows(NamedTuple):
 class Handover(NamedTuple):
     """What a kernel's blocks hand each other results through; it goes from step to step."""
 
-    words: jax.Array  # int32, for even and for odd layers: [2, COPIES, words, 2], or [2, bytes / 4] of several rows
+    words: jax.Array  # int32, for even and for odd layers: [2, COPIES, words, 2], or [pools, 2, bytes / 4]
     step: jax.Array  # int32 [1]
 
 
@@ -247,7 +264,7 @@ def init_handover(sizes: DecoderSizes, rows: int = 1) -> Handover:
     if rows == 1:
         shape: tuple[int, ...] = 2, COPIES, HandoverWords.of(sizes).total, 2
     else:
-        shape = 2, HandoverOfRows.of(sizes, rows).total // 4
+        shape = Pools.of(rows).number, 2, HandoverOfRows.of(sizes, rows).total // 4
     return Handover(jnp.zeros(shape, jnp.int32), jnp.zeros(1, jnp.int32))
 
 
@@ -260,8 +277,10 @@ def reference(
     caches: Sequence[tuple[jax.Array, jax.Array]],
     handover: Handover,
     sizes: DecoderSizes,
+    head: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]], Handover]:
     """The op in plain JAX."""
+    del head  # it is in the packed weights
     x, new = x[:, None], []
     visibility = Visibility(window=sizes.window)
     for layer, (keys, values) in enumerate(caches):
@@ -285,8 +304,8 @@ def reference(
         x = matmul(heads.reshape(*x.shape[:2], -1), out, residual=x)
         x = swiglu(x, vectors[1], gate_up, down, sizes.eps)
     hidden = rms_norm(x, weights.norm, sizes.eps)
-    head = unpack_matrix(weights.head, np.arange(sizes.vocab_size))
-    logits = matmul(hidden, head, out_dtype=jnp.float32)[:, 0]
+    packed_head = unpack_matrix(weights.head, np.arange(sizes.vocab_size))
+    logits = matmul(hidden, packed_head, out_dtype=jnp.float32)[:, 0]
     return logits, new, handover._replace(step=handover.step + 1)
 
 
@@ -309,6 +328,7 @@ def decode_step(
     handover: Handover,
     *,
     sizes: DecoderSizes,
+    head: tuple[jax.Array, jax.Array] | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]], Handover]:
     """Run one token through a decoder.
@@ -321,11 +341,23 @@ def decode_step(
       caches: each layer's keys and values, [B, K, S, H].
       handover: from `init_handover` or the step before; steps that share it run one after the other.
       sizes: the decoder's, static.
+      head: its blocks as they were before `pack`, for more rows than the kernel multiplies by the head itself.
       implementation: "mosaic_gpu", "xla", or None to choose.
 
     Returns:
       Logits, float32 [B, V], the caches with the new token, and the handover for the next step.
     """
     return dispatch(
-        "decode_step", IMPLEMENTATIONS, implementation, x, positions, cos, sin, weights, caches, handover, sizes
+        "decode_step",
+        IMPLEMENTATIONS,
+        implementation,
+        x,
+        positions,
+        cos,
+        sin,
+        weights,
+        caches,
+        handover,
+        sizes,
+        head,
     )

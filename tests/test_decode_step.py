@@ -248,7 +248,7 @@ def test_where_the_op_is_not_used(monkeypatch):
     assert packed_decoding.begin(packed, CONFIG, rows) is None
     with use("mosaic_gpu"):
         assert packed_decoding.begin(packed, CONFIG, rows) is not None
-        assert packed_decoding.begin(packed, CONFIG, decoding.init_cache(CONFIG, 9, 16)) is None
+        assert packed_decoding.begin(packed, CONFIG, decoding.init_cache(CONFIG, 40, 16)) is None
     assert packed_decoding.begin(packed, replace(CONFIG, dtype="float32"), cache) is None
 
 
@@ -327,9 +327,12 @@ SIMULATED_ROWS = {
         24,
         (3, 20, 9),
     ),
-    "as many groups for each warp": (replace(SIZES, d_ff=2048, d_model=1024, n_layers=1), 24, (3, 20, 9, 0)),
+    "groups for each warp": (replace(SIZES, d_ff=2048, d_model=1024, n_layers=1), 24, (3, 20, 9, 0)),
     "chunks": (replace(SIZES, d_ff=512, n_layers=3, n_kv_heads=1), 2304, (1500, 3, 2303, 700)),
     "a ring": (replace(SIZES, d_ff=512, window=24, ring=True), 24, (5, 23, 24, 77)),
+    "eleven rows": (replace(SIZES, d_ff=1024), 24, (0, 1, 5, 20, 22, 3, 7, 3, 11, 9, 2)),
+    "two pools": (replace(SIZES, d_ff=512), 24, tuple(range(22)) + tuple(range(10))),
+    "four pools": (replace(SIZES, d_ff=512, n_layers=1, n_kv_heads=4), 24, (*range(22), *range(22), *range(20))),
 }
 
 
@@ -347,6 +350,7 @@ def check_rows(sizes, length, positions, jit):
     rng, rows = np.random.default_rng(1), len(positions)
     layers, norm, head = random_decoder(sizes)
     packed = pack(sizes, jax.tree.map(jnp.asarray, layers), jnp.asarray(norm), jax.tree.map(jnp.asarray, head))
+    blocks = tuple(map(jnp.asarray, head))
     xs = jnp.asarray(rng.standard_normal((2, rows, sizes.d_model)), jnp.bfloat16)
     angles = rng.uniform(0, 6, (2, rows, sizes.head_dim // 2)).astype(np.float32)
     shape = rows, sizes.n_kv_heads, length, sizes.head_dim
@@ -361,7 +365,7 @@ def check_rows(sizes, length, positions, jit):
         def step(x, positions, angles, caches, handover):
             return decode_step(
                 x, positions, jnp.cos(angles), jnp.sin(angles), packed, caches, handover, sizes=sizes,
-                implementation=name,
+                head=blocks, implementation=name,
             )  # fmt: skip
 
         run, logits = jax.jit(step) if jit else step, []

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_step import ROWS, DecoderSizes, Handover, PackedWeights, check
+from pallas_kernels.decode_step import ROWS, DecoderSizes, Handover, PackedWeights, Pools, check
 from pallas_kernels.mosaic_gpu import materialised, processors
 from pallas_kernels.mosaic_gpu.decode_step_frame import Config, Frame
 from pallas_kernels.mosaic_gpu.decode_step_row import RowKernel
 from pallas_kernels.mosaic_gpu.decode_step_rows import RowsKernel, input_words
+from pallas_kernels.quant_matmul import quant_matmul
+from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.tuning import choose
 
 
@@ -63,11 +65,12 @@ def decode_step(
     caches: Sequence[tuple[jax.Array, jax.Array]],
     handover: Handover,
     sizes: DecoderSizes,
+    head: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]], Handover]:
     """The op; see `pallas_kernels.decode_step`.
 
     Raises:
-      NotImplementedError: for more than one row, a cache that is not bfloat16, or sizes that do not fit.
+      NotImplementedError: for too many rows, a cache that is not bfloat16, or sizes that do not fit.
     """
     config, (rows, _) = configure(sizes), x.shape
     if rows > ROWS:
@@ -77,21 +80,27 @@ def decode_step(
     if 2 * cos.shape[1] != sizes.head_dim:
         raise NotImplementedError(f"all of a head rotated, not {2 * cos.shape[1]} of {sizes.head_dim}")
     length = caches[0][0].shape[2]
+    pools, columns = Pools.of(rows).number, sizes.vocab_size
     if rows == 1:
         kernel: Frame = RowKernel(sizes, config, length)
         given = x.astype(jnp.float32)
     else:
+        config = dataclasses.replace(config, blocks=config.blocks // pools)
         kernel = RowsKernel(sizes, config, length, rows)
         given = input_words(x, handover.step, sizes)
+    if pools > 1:
+        columns = sizes.d_model
+        if head is None:
+            raise NotImplementedError(f"{rows} rows without the head as it was before it was packed")
 
     def body(*refs: Any) -> None:
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(lambda _, *inner: kernel.emit(*inner))(*refs)
 
     run = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((rows, sizes.vocab_size), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((rows, columns), jnp.float32),
         scratch_types=[plgpu.SMEM((kernel.shared_bytes,), jnp.int8)],
-        grid=(config.blocks,),
+        grid=(config.blocks * pools,),
         grid_names=("block",),
         num_threads=config.teams * 2 + 1,
         thread_name="warpgroup",
@@ -108,6 +117,9 @@ def decode_step(
         return logits, [jax.freeze(ref) for ref in refs], jax.freeze(words)
 
     arrays = [array for layer in caches for array in layer]
-    inputs = materialised((positions, handover.step, given, jnp.concatenate([cos, sin]), *weights))
+    inputs = materialised((positions, handover.step, given, jnp.stack([cos, sin], axis=1), *weights))
     logits, arrays, words = step(*inputs, arrays, handover.words)
+    if head is not None and pools > 1:
+        hidden = rms_norm(logits.astype(x.dtype), weights.norm, sizes.eps)
+        logits = quant_matmul(hidden, head, out_dtype=jnp.float32)
     return logits, list(zip(arrays[::2], arrays[1::2], strict=True)), Handover(words, handover.step + 1)

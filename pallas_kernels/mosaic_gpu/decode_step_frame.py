@@ -69,7 +69,10 @@ def _stages(sizes: DecoderSizes) -> tuple[Stage, ...]:
 class Frame:
     """Emits a kernel's code. Methods run in all threads of the multiplying warps unless they say otherwise."""
 
-    rows = 1  # of the batch
+    rows = 1  # of the batch, or of a pool's part of it
+    pools = 1  # that the SMs are divided into
+    space_bytes = x_bytes = 0  # of a pool, where there are several
+    head_units = HEAD_UNITS
     row_bytes = 4  # of a partial sum of a row of weights
     finishers = GROUP_ROWS  # threads that see to a unit's results
     chunks: int  # the most that a head's keys are split into
@@ -86,9 +89,6 @@ class Frame:
         self.layer_groups = sum(s.units * s.groups for s in self.stages)
         self.logits = Stage(sizes.vocab_size // GROUP_ROWS, sizes.d_model // GROUP_INPUTS, 0)
         self._layout()
-        most = max(-(-stage.units // config.blocks) for stage in self.stages)
-        if most * self.finishers > self.threads:
-            raise NotImplementedError(f"{most} tiles of 16 rows of a matrix for each SM")
         if self.slots < 2:
             raise NotImplementedError("no room for weights in shared memory")
 
@@ -101,7 +101,7 @@ class Frame:
             start, offset = offset, -(-(offset + size) // 128) * 128
             return start
 
-        units = [-(-stage.units // self.config.blocks) for stage in self.stages] + [HEAD_UNITS]
+        units = [self._at_once(stage) for stage in self.stages] + [self.head_units]
         partials = [self._partials(stage) for stage in (*self.stages, self.logits)]
         self.partial = take(GROUP_ROWS * self.row_bytes * max(n * p for n, p in zip(units, partials, strict=True)))
         self.row_words = m.head_dim + 4  # of a head's output in shared memory, padded
@@ -133,12 +133,14 @@ class Frame:
         *caches, space, result, shared = refs[8:]
         m = self.model
         self.base = t.kept(t.shared_address(shared))
-        self.thread, self.block = t.kept(t.thread_index()), t.block_index()
+        self.thread, self.block, self.pool = t.kept(t.thread_index()), t.block_index(), t.constant(0)
+        if self.pools > 1:
+            self.block, self.pool = self.block % self.config.blocks, self.block // self.config.blocks
         self.warp, self.lane = self.thread >> 5, self.thread & 31
-        self.weights, self.space = t.global_address(weights.layers), t.global_address(space)
-        self.vectors, self.result = t.global_address(weights.vectors), t.global_address(result)
+        self.weights, self.space = t.global_address(weights.layers), self._of_pool(space, self.space_bytes)
+        self.vectors, self.result = t.global_address(weights.vectors), self._of_pool(result, 4 * m.d_model * self.rows)
         self.norm, self.head = t.global_address(weights.norm), t.global_address(weights.head)
-        self._take_positions(t.global_address(position))
+        self._take_positions(self._of_pool(position, 4 * self.rows))
         self.first_tag = t.load_global(t.global_address(step))[0] * m.n_layers + 1
         full, empty = self.base + self.barriers, self.base + self.barriers + 512
         with t.when(self.thread.equals(0)):
@@ -146,9 +148,10 @@ class Frame:
                 t.init_barrier(full + 8 * slot, 1)
                 t.init_barrier(empty + 8 * slot, SLOT_GROUPS)
             t.ptx("fence.mbarrier_init.release.cluster;")
+            cache_bytes = 2 * self.rows * m.n_kv_heads * self.length * m.head_dim
             for i, cache in enumerate(caches):
-                t.ptx("st.shared.b64 [$0], $1;", self.base + (self.pointers + 8 * i), t.global_address(cache))
-        angles = t.global_address(angles)
+                t.ptx("st.shared.b64 [$0], $1;", self.base + (self.pointers + 8 * i), self._of_pool(cache, cache_bytes))
+        angles = self._of_pool(angles, 4 * m.head_dim * self.rows)
 
         def take_angle(index: Scalar) -> None:
             t.store_shared(self.base + self.angles + index * 4, *t.load_global(angles + (index * 4).wide()))
@@ -167,7 +170,12 @@ class Frame:
         with t.when(self.thread < self.threads):
             t.set_registers("inc", own)
             self.full, self.empty = full, empty
-            self._consume(t.global_address(x))
+            self._consume(self._of_pool(x, self.x_bytes))
+
+    def _of_pool(self, array: Any, size: int) -> Scalar:
+        """The address of the pool's part of an array, of which each pool has so many bytes."""
+        address = t.global_address(array)
+        return address if self.pools == 1 else address + (self.pool * size).wide()
 
     # What the kernels for one row and for few do their own way.
 
@@ -185,6 +193,21 @@ class Frame:
 
     def _partials(self, stage: Stage) -> int:
         """Partial sums of a unit."""
+        raise NotImplementedError
+
+    def _at_once(self, stage: Stage) -> int:
+        """The most units that a block multiplies by at once."""
+        return -(-stage.units // self.config.blocks)
+
+    def _in_pieces(
+        self, stage: Stage, share: tuple[Scalar, Scalar], count: Scalar,
+        body: Callable[[tuple[Scalar, Scalar], Scalar], Scalar],
+    ) -> Scalar:  # fmt: skip
+        """Run count = body(piece, count) for the pieces of a share that are multiplied by one after the other."""
+        return body(share, count)
+
+    def _finisher_place(self) -> Scalar:
+        """Where this thread's first partial sum is among those of its unit."""
         raise NotImplementedError
 
     def _no_sums(self) -> Sequence[Scalar]:
@@ -218,21 +241,24 @@ class Frame:
         model = self.model
 
         def stream(stage: Stage, base: Scalar, turn: Scalar, count: Scalar) -> Scalar:
-            first, units = self._share(stage, turn)
-            total = units * stage.groups
-            source = base + (first * stage.groups + stage.first).wide() * GROUP_BYTES
+            def piece(share: tuple[Scalar, Scalar], count: Scalar) -> Scalar:
+                first, units = share
+                total = units * stage.groups
+                source = base + (first * stage.groups + stage.first).wide() * GROUP_BYTES
 
-            def slot(i: Scalar, count: Scalar) -> Sequence[Scalar]:
-                place, lap = count % self.slots, count // self.slots
-                size = t.minimum(total - i, SLOT_GROUPS) * GROUP_BYTES
-                barrier = full + place * 8
-                t.wait(empty + place * 8, (lap & 1) ^ 1)
-                t.arrive_expecting(barrier, size)
-                target = self.base + self.ring + place * SLOT_BYTES
-                t.copy_to_shared(target, source + i.wide() * GROUP_BYTES, size, barrier)
-                return (count + 1,)
+                def slot(i: Scalar, count: Scalar) -> Sequence[Scalar]:
+                    place, lap = count % self.slots, count // self.slots
+                    size = t.minimum(total - i, SLOT_GROUPS) * GROUP_BYTES
+                    barrier = full + place * 8
+                    t.wait(empty + place * 8, (lap & 1) ^ 1)
+                    t.arrive_expecting(barrier, size)
+                    target = self.base + self.ring + place * SLOT_BYTES
+                    t.copy_to_shared(target, source + i.wide() * GROUP_BYTES, size, barrier, again=self.pools > 1)
+                    return (count + 1,)
 
-            return t.loop(0, total, SLOT_GROUPS, [count], slot)[0]
+                return t.loop(0, total, SLOT_GROUPS, [count], slot)[0]
+
+            return self._in_pieces(stage, self._share(stage, turn), count, piece)
 
         def layer(index: Scalar, turn: Scalar, count: Scalar) -> Sequence[Scalar]:
             base = self.weights + index.wide() * (self.layer_groups * GROUP_BYTES)
@@ -242,7 +268,8 @@ class Frame:
             return turn, count
 
         turn, count = t.loop(0, model.n_layers, 1, [self.block, t.constant(0)], layer)
-        stream(self.logits, self.head, turn, count)
+        if self.pools == 1:
+            stream(self.logits, self.head, turn, count)
 
     def _each(self, items: int, body: Callable[[Scalar], None]) -> None:
         """Run body(index) for each item; threads beyond the last run nothing."""
@@ -262,7 +289,7 @@ class Frame:
 
     def _in_parts(self, stage: Stage) -> bool:
         """Whether there are activations of several parts of the stage's inputs side by side."""
-        return stage == self.stages[3]
+        return False
 
     # Products.
 
@@ -310,8 +337,7 @@ class Frame:
             finishers = units * self.finishers
             with t.when(self.thread < ((finishers + 31) & ~31)):
                 place = unit * (GROUP_ROWS * self.row_bytes * self._partials(stage))
-                place = place + self.thread % self.finishers * (GROUP_ROWS * self.row_bytes // self.finishers)
-                finish(self.base + self.partial + place, self.thread < finishers)
+                finish(self.base + self.partial + place + self._finisher_place(), self.thread < finishers)
         return count + ((total + (SLOT_GROUPS - 1)) >> 3)
 
     # Attention.

@@ -42,6 +42,9 @@ class RowKernel(Frame):
 
     def __init__(self, sizes: DecoderSizes, config: Config, length: int) -> None:
         super().__init__(sizes, config, length)
+        most = max(map(self._at_once, self.stages))
+        if most * self.finishers > self.threads:
+            raise NotImplementedError(f"{most} tiles of 16 rows of a matrix for each SM")
         self.words = HandoverWords.of(sizes)
         self.chunks = max(1, min(sizes.chunks, config.blocks // sizes.n_kv_heads))
 
@@ -200,6 +203,12 @@ class RowKernel(Frame):
 
     def _partials(self, stage: Stage) -> int:
         return stage.groups
+
+    def _in_parts(self, stage: Stage) -> bool:
+        return stage == self.stages[3]
+
+    def _finisher_place(self) -> Scalar:
+        return (self.thread & 15) * 4
 
     def _add_group(
         self, stage: Stage, place: Scalar, index: Scalar, exists: Scalar, unit: Scalar, group: Scalar, part: Scalar,

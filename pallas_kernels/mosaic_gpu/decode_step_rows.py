@@ -1,12 +1,15 @@
-"""All layers of a decode step of two to eight rows in one persistent kernel, for Hopper.
+"""All layers of a decode step of several rows in one persistent kernel, for Hopper.
 
-As the kernel for one row, `decode_step`: the same blocks, ring, packed weights and stages. What differs:
+As the kernel for one row, `decode_step_row`: the same blocks, ring, packed weights and stages. What differs:
 
-Products. A group of 16 rows of weights and 128 inputs is the left operand of m16n8k16, the rows of the batch are its
-eight columns. Weights become bfloat16 on the way, exactly, and activations are bfloat16 in shared memory. A warp adds
-up the groups of a unit that it meets in a row where all warps meet the same number of them.
+Products. A group of 16 rows of weights and 128 inputs is the left operand of m16n8k16, eight rows of the batch are its
+columns. Weights become bfloat16 on the way, exactly, and activations are bfloat16 in shared memory. A warp adds
+up the groups of a unit that it meets.
 
-Handing on. A feature's results are eight float16, one a row: 16 bytes. Every 32-bit word of them carries two bits that
+Pools. More than 8 rows are divided into sixteens, and the SMs into as many pools, each of which takes its rows through
+all layers by itself. What pools share are the weights, which all but the first of them to read some find in L2.
+
+Handing on. A feature's results are float16, one a row. Every 32-bit word of them carries two bits that
 number the layer, in place of the lowest bit of each half, so that a reader knows each word by itself: what lay there
 before is from two layers ago, or from none. All words are written in every layer, by those who have nothing to say too.
 The residual stream is not kept by the blocks: who makes a feature of a layer's sums adds what came before.
@@ -22,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.decode_step import DOWN_SPLIT, GROUP_INPUTS, GROUP_ROWS, ROWS, DecoderSizes, HandoverOfRows
+from pallas_kernels.decode_step import DOWN_SPLIT, GROUP_INPUTS, GROUP_ROWS, DecoderSizes, HandoverOfRows, Pools
 from pallas_kernels.mosaic_gpu import threads as t
 from pallas_kernels.mosaic_gpu.decode_step_frame import (
     GROUP_BYTES,
@@ -40,8 +43,6 @@ from pallas_kernels.mosaic_gpu.decode_step_frame import (
 )
 from pallas_kernels.mosaic_gpu.threads import Scalar
 
-FEATURE = 2 * ROWS  # bytes of a feature's results
-QUADS = ROWS // 4
 MARKS = 0x00010001  # the bits of a word that number layers
 POLLED = 4  # pairs of features that a thread asks for at a time, or pieces of a head's output
 ADDED = 4  # partial sums that are added up in a turn of a loop: long code is slow, as it is read anew in each layer
@@ -54,40 +55,79 @@ def marks(tag: Any) -> Any:
 
 
 def input_words(x: jax.Array, step: jax.Array, sizes: DecoderSizes) -> jax.Array:
-    """x [B, D] as the layer before the first would hand it on, int32 [2, D, ROWS / 2]: all in one of the two parts."""
-    features = jnp.pad(x.astype(jnp.float32) / SCALE, ((0, ROWS - len(x)), (0, 0))).T.astype(jnp.float16)
-    words = lax.bitcast_convert_type(features.reshape(-1, ROWS // 2, 2), jnp.int32)
-    return jnp.stack([words & ~MARKS, jnp.zeros_like(words)]) | marks(step[0] * sizes.n_layers)
+    """x [B, D] as the layer before the first would hand it on, int32 [pools, 2, D, rows / 2]: all in the first part."""
+    number, width = Pools.of(len(x))
+    rows = jnp.pad(x.astype(jnp.float32) / SCALE, ((0, number * width - len(x)), (0, 0)))
+    features = rows.astype(jnp.float16).reshape(number, width, -1).swapaxes(1, 2)
+    words = lax.bitcast_convert_type(features.reshape(*features.shape[:2], width // 2, 2), jnp.int32) & ~MARKS
+    return jnp.stack([words, jnp.zeros_like(words)], axis=1) | marks(step[0] * sizes.n_layers)
 
 
 class RowsKernel(Frame):
-    """Emits the kernel's code; see `Frame`."""
-
-    row_bytes = 4 * ROWS
-    finishers = QUADS * GROUP_ROWS  # each with a feature and four rows
+    """Emits the kernel's code; see `Frame`. `config.blocks` are those of a pool."""
 
     def __init__(self, sizes: DecoderSizes, config: Config, length: int, rows: int) -> None:
-        self.rows, self.chunks = rows, sizes.chunks_of(rows)
+        self.pools, self.width = pools = Pools.of(rows)
+        if not pools.take(rows):
+            raise NotImplementedError(f"{rows} rows: no multiple of {self.width}")
+        self.rows, self.chunks = min(rows, self.width), sizes.chunks_of(rows)
+        self.feature, self.quads = 2 * self.width, self.width // 4  # bytes of a feature's results; fours of rows
+        self.row_bytes, self.finishers = 4 * self.width, self.quads * GROUP_ROWS
+        self.head_units = min(HEAD_UNITS, 32 * SLOT_GROUPS * config.teams // self.finishers)
         super().__init__(sizes, config, length)
         self.places = HandoverOfRows.of(sizes, rows)
-        self.pairs = rows * sizes.n_kv_heads  # of a row and a key head
+        self.space_bytes, self.x_bytes = 2 * self.places.total, DOWN_SPLIT * sizes.d_model * self.feature
+        self.pairs = self.rows * sizes.n_kv_heads  # of a row and a key head
 
-    def _in_parts(self, stage: Stage) -> bool:
-        """Not where no block's share of down is of two parts: then there is room for one."""
-        down, blocks = self.stages[3], self.config.blocks
-        each, rest = divmod(down.units, blocks)
-        starts = {turn * each + min(turn, rest) for turn in range(blocks)}
-        return stage == down and not {down.units // DOWN_SPLIT * part for part in range(1, DOWN_SPLIT)} <= starts
+    def _at_once(self, stage: Stage) -> int:
+        return min(super()._at_once(stage), self.threads // self.finishers)
+
+    def _in_pieces(
+        self, stage: Stage, share: tuple[Scalar, Scalar], count: Scalar,
+        body: Callable[[tuple[Scalar, Scalar], Scalar], Scalar],
+    ) -> Scalar:  # fmt: skip
+        if stage == self.stages[3]:
+            return self._by_parts(share, count, lambda _, own, count: self._in_batches(stage, own, count, body))
+        return self._in_batches(stage, share, count, body)
+
+    def _in_batches(
+        self, stage: Stage, share: tuple[Scalar, Scalar], count: Scalar,
+        body: Callable[[tuple[Scalar, Scalar], Scalar], Scalar],
+    ) -> Scalar:  # fmt: skip
+        """As `_in_pieces`, as many units at a time as the block has threads to finish them."""
+        (first, units), most = share, self.head_units if stage == self.logits else self._at_once(stage)
+        if most >= super()._at_once(stage):
+            return body(share, count)
+
+        def batch(i: Scalar, count: Scalar) -> Sequence[Scalar]:
+            return (body((first + i, t.minimum(units - i, most)), count),)
+
+        return t.loop(0, units, most, [count], batch, rolled=True)[0]
+
+    def _by_parts(
+        self, share: tuple[Scalar, Scalar], count: Scalar,
+        body: Callable[[Scalar, tuple[Scalar, Scalar], Scalar], Scalar],
+    ) -> Scalar:  # fmt: skip
+        """Run count = body(part, share of it, count) for the parts of the inputs that a share of down takes."""
+        first, units = share
+        tiles = self.stages[3].units // DOWN_SPLIT
+        begin = first // tiles
+        end = t.select(units.equals(0), begin, (first + units - 1) // tiles + 1)
+
+        def part(i: Scalar, count: Scalar) -> Sequence[Scalar]:
+            start = t.maximum_unsigned(first, i * tiles)
+            return (body(i, (start, t.minimum(first + units, (i + 1) * tiles) - start), count),)
+
+        return t.loop(begin, end, 1, [count], part, rolled=True)[0]
 
     def _lay_out_activations(self, take: Callable[[int], int]) -> None:
         m = self.model
-        hidden = m.d_ff if self._in_parts(self.stages[3]) else m.d_ff // DOWN_SPLIT
-        width = max(m.d_model, m.n_heads * m.head_dim, hidden)
+        width = max(m.d_model, m.n_heads * m.head_dim, m.d_ff // DOWN_SPLIT)
         self.stride = 2 * width + 64  # of a row: lanes of a warp hit different banks
-        self.activations = take(ROWS * self.stride)
-        self.squares = take(4 * self.warps * ROWS)
-        self.positions = take(4 * ROWS)
-        self.weights_of_chunks = take(4 * self.chunks * ROWS * m.n_heads)
+        self.activations = take(self.width * self.stride)
+        self.squares = take(4 * self.warps * self.width)
+        self.positions = take(4 * self.width)
+        self.weights_of_chunks = take(4 * self.chunks * self.width * m.n_heads)
 
     def _take_positions(self, positions: Scalar) -> None:
         with t.when(self.thread < self.rows):
@@ -120,37 +160,61 @@ class RowsKernel(Frame):
 
             self._normal(self.before, DOWN_SPLIT, marks(self.tag - 1), vectors)
             bias = vectors + 4 * 2 * m.d_model
-            count = self._multiply(stages[0], self._share(stages[0], turn), count, lambda unit: self._qkv(unit, bias))
+            count = self._products_of(stages[0], turn, count, lambda unit: self._qkv(unit, bias))
             self._attend(turn)
             turn = self._next(stages[0], turn)
 
             share = self._share(stages[1], turn)
             with t.when(share[1].differs(0)):
                 self._merge(self.here)
-            count = self._multiply(stages[1], share, count, self._out)
+            count = self._products_of(stages[1], turn, count, self._out)
             turn = self._next(stages[1], turn)
 
             self._normal(self.here + places.out, 1, self.mark, vectors + 4 * m.d_model)
-            count = self._multiply(stages[2], self._share(stages[2], turn), count, self._swiglu)
+            count = self._products_of(stages[2], turn, count, self._swiglu)
             turn = self._next(stages[2], turn)
 
-            share = self._share(stages[3], turn)
-            with t.when(share[1].differs(0)):
-                self._hidden(self.here + places.hidden, share)
-            count = self._multiply(stages[3], share, count, self._down)
+            def part(i: Scalar, own: tuple[Scalar, Scalar], count: Scalar) -> Scalar:
+                self._hidden(self.here + places.hidden, i)
+                multiply = functools.partial(self._multiply, stages[3], begin=self._down)
+                return self._in_batches(stages[3], own, count, lambda piece, count: multiply(piece, count))
+
+            count = self._by_parts(self._share(stages[3], turn), count, part)
             return self._next(stages[3], turn), count
 
         turn, count = t.loop(0, m.n_layers, 1, [self.block, t.constant(0)], layer)
         tag = self.first_tag + (m.n_layers - 1)
         last = self.space + ((tag & 1) * places.total).wide() + places.down
-        self._normal(last, DOWN_SPLIT, marks(tag), self.norm)
-        first, units = self._share(self.logits, turn)
+        if self.pools > 1:
+            self._leave(last, marks(tag))
+        else:
+            self._normal(last, DOWN_SPLIT, marks(tag), self.norm)
+            self._products_of(self.logits, turn, count, self._logits)
 
-        def part(i: Scalar, count: Scalar) -> Sequence[Scalar]:
-            share = first + i, t.minimum(units - i, HEAD_UNITS)
-            return (self._multiply(self.logits, share, count, self._logits),)
+    def _products_of(
+        self, stage: Stage, turn: Scalar, count: Scalar, begin: Callable[[Scalar], Callable[[Scalar, Scalar], None]]
+    ) -> Scalar:
+        """Multiply the block's share of a stage but the last one, piece by piece."""
+        return self._in_pieces(
+            stage, self._share(stage, turn), count, lambda piece, count: self._multiply(stage, piece, count, begin)
+        )
 
-        t.loop(0, units, HEAD_UNITS, [count], part)
+    def _leave(self, source: Scalar, mark: Scalar) -> None:
+        """x as the result, float32 [rows, D]; each block leaves some features."""
+        d, threads = self.model.d_model, self.threads * self.config.blocks
+        for start in range(0, d // 2, threads):
+            index = self.block * self.threads + self.thread + start
+            near = t.minimum(index, d // 2 - 1)
+            places = [
+                source + (near * (2 * self.feature) + (part * d + f) * self.feature).wide()
+                for f in range(2)
+                for part in range(DOWN_SPLIT)
+            ]
+            found = self._take_features(places, mark)
+            a, b = ([t.total(list(v)) for v in zip(*found[i : i + DOWN_SPLIT], strict=True)] for i in (0, DOWN_SPLIT))
+            with t.when(index < d // 2):
+                for row in range(self.rows):
+                    t.store_global(self.result + ((near * 2 + row * d) * 4).wide(), a[row] * SCALE, b[row] * SCALE)
 
     def _wait_for(self, places: Sequence[tuple[Scalar, int]], mark: Scalar) -> list[list[Scalar]]:
         """The words at each (address, number of words), two or four, once all carry the mark; without their marks."""
@@ -171,7 +235,14 @@ class RowsKernel(Frame):
         To look at all of them again and again would keep L2 from everything else.
         """
         last = t.minimum(self.thread + pairs // self.threads * self.threads, pairs - 1)
-        self._wait_for([(source + (last * (2 * FEATURE)).wide(), 4)], mark)
+        self._wait_for([(source + (last * (2 * self.feature)).wide(), 4)], mark)
+
+    def _take_features(self, places: Sequence[Scalar], mark: Scalar) -> list[list[Scalar]]:
+        """All rows' results of the feature at each address, once they are there."""
+        pieces = self.width // 8
+        words = self._wait_for([(place + 16 * piece, 4) for place in places for piece in range(pieces)], mark)
+        halves = [[half for word in four for half in t.unpack_halves(word)] for four in words]
+        return [[h for piece in halves[i : i + pieces] for h in piece] for i in range(0, len(halves), pieces)]
 
     def _wait_for_logs(self, places: Sequence[Scalar]) -> list[Scalar]:
         """The float32 at each address, once the tags beside them are this layer's."""
@@ -201,21 +272,20 @@ class RowsKernel(Frame):
         the result."""
         m = self.model
         pairs = m.d_model // 2
-        together = min(POLLED // parts, -(-pairs // self.threads))
-        self._wait_for_features(source + (parts - 1) * m.d_model * FEATURE, pairs, mark)
+        together = max(1, min(POLLED * 8 // self.width // parts, -(-pairs // self.threads)))
+        self._wait_for_features(source + (parts - 1) * m.d_model * self.feature, pairs, mark)
 
         def some(start: Scalar, *squares: Scalar) -> Sequence[Scalar]:
             own = [start + self.thread + turn * self.threads for turn in range(together)]
             near = [t.minimum(index, pairs - 1) for index in own]
             factors = [[w.float() for w in t.load_global(scales + (index * 8).wide(), 2)] for index in near]
             places = [
-                (source + (index * (2 * FEATURE) + (part * m.d_model + feature) * FEATURE).wide(), ROWS // 2)
+                source + (index * (2 * self.feature) + (part * m.d_model + feature) * self.feature).wide()
                 for index in near
                 for feature in range(2)
                 for part in range(parts)
             ]
-            words = self._wait_for(places, mark)
-            found = [[half for word in four for half in t.unpack_halves(word)] for four in words]
+            found = self._take_features(places, mark)
             for i, index in enumerate(own):
                 exists = index < pairs
                 a, b = (
@@ -228,67 +298,70 @@ class RowsKernel(Frame):
                 )
             return squares
 
-        zeros = [t.constant(0.0, t.f32())] * ROWS
+        zeros = [t.constant(0.0, t.f32())] * self.width
         squares = t.loop(0, t.kept(t.constant(pairs)), together * self.threads, zeros, some, rolled=True)
-        # Each exchange adds up two lanes' sums and leaves each with half of the rows; then lane / 4 is the row.
-        for distance in (16, 8, 4):
+        # Each exchange adds up two lanes' sums and leaves each with half of the rows, until a lane has one.
+        distance = 16
+        while len(squares) > 1:
             half, upper = len(squares) // 2, (self.lane & distance).differs(0)
             mine = [t.select(upper, squares[half + i], squares[i]) for i in range(half)]
             other = [t.select(upper, squares[i], squares[half + i]) for i in range(half)]
             squares = [a + t.shuffle_xor(b, distance) for a, b in zip(mine, other, strict=True)]
+            distance //= 2
         (square,) = squares
-        for distance in (1, 2):
-            square = square + t.shuffle_xor(square, distance)
-        with t.when((self.lane & 3).equals(0)):
-            t.store_shared(self.base + self.squares + self.warp * (4 * ROWS) + self.lane, square)
+        while distance:
+            square, distance = square + t.shuffle_xor(square, distance), distance // 2
+        lanes = 32 // self.width  # of a row
+        with t.when((self.lane % lanes).equals(0)):
+            place = (self.warp * self.width + self.lane // lanes) * 4
+            t.store_shared(self.base + self.squares + place, square)
 
     def _activate_pair(self, index: Scalar, exists: Scalar, a: Sequence[Scalar], b: Sequence[Scalar]) -> None:
         """Store activations 2 index and the next one of all rows."""
         with t.when(exists):
             place = self.base + self.activations + index * 4
-            for row in range(ROWS):
+            for row in range(self.width):
                 t.store_shared(place, t.pack_bf16(a[row], b[row]), offset=row * self.stride)
 
     def _roots(self) -> list[Scalar]:
         """For this thread's rows SCALE / sqrt(mean(x^2) + eps), by which products with x over SCALE are multiplied."""
-        sums = self._added_up(self.base + self.squares + self.thread % QUADS * 16, self.warps, 4 * ROWS)
+        sums = self._added_up(self.base + self.squares + self._own()[1] * 4, self.warps, 4 * self.width)
         return [t.rsqrt(s * (SCALE**2 / self.model.d_model) + self.model.eps) * SCALE for s in sums]
 
     # Products.
 
     def _partials(self, stage: Stage) -> int:
-        """Partial sums of a unit: one for each warp of a slot where each gets as many groups, otherwise one a group."""
-        return SLOT_GROUPS if self._is_even(stage) else stage.groups
+        """Partial sums of a unit: one for each warp where each gets some of its groups, otherwise one a group."""
+        return self.warps if self._adds_up(stage) else stage.groups
 
-    def _is_even(self, stage: Stage) -> bool:
-        return stage.groups % (SLOT_GROUPS * self.config.teams) == 0
+    def _adds_up(self, stage: Stage) -> bool:
+        return stage.groups >= self.warps
 
     def _no_sums(self) -> Sequence[Scalar]:
-        return [t.constant(0.0, t.f32())] * 4
+        return [t.constant(0.0, t.f32())] * (self.width // 2)
 
     def _add_group(
         self, stage: Stage, place: Scalar, index: Scalar, exists: Scalar, unit: Scalar, group: Scalar, part: Scalar,
         sums: tuple[Scalar, ...],
     ) -> tuple[Scalar, ...]:  # fmt: skip
         def multiplied() -> Sequence[Scalar]:
-            return self._products(place, part, sums if self._is_even(stage) else self._no_sums())
+            return self._products(place, part, sums if self._adds_up(stage) else self._no_sums())
 
         new = t.either(exists, multiplied, sums)
         last = exists
-        if self._is_even(stage):
-            index = unit * SLOT_GROUPS + (self.warp & 7)
-            last = exists & (group >= stage.groups - SLOT_GROUPS * self.config.teams)
+        if self._adds_up(stage):
+            index = unit * self.warps + self.warp
+            last = exists & (group + self.warps >= stage.groups)  # the warp's next group is another unit's
         with t.when(last):
             row, quarter = self.lane >> 2, self.lane & 3
-            target = (
-                self.base + self.partial + index * (GROUP_ROWS * self.row_bytes) + row * self.row_bytes + quarter * 8
-            )
-            t.store_shared(target, new[0], new[1])
-            t.store_shared(target, new[2], new[3], offset=8 * self.row_bytes)
+            target = self.base + self.partial + index * (GROUP_ROWS * self.row_bytes) + row * self.row_bytes
+            for i in range(0, len(new), 2):
+                tile, half = divmod(i // 2, 2)
+                t.store_shared(target + quarter * 8, *new[i : i + 2], offset=32 * tile + 8 * self.row_bytes * half)
         return tuple(t.select(last, t.constant(0.0, t.f32()), x) for x in new)
 
     def _products(self, place: Scalar, part: Scalar, sums: Sequence[Scalar]) -> Sequence[Scalar]:
-        """`sums` and a warp's group's products: of rows lane / 4 and 8 below it with two rows of the batch."""
+        """`sums` and a warp's group's products: of rows lane / 4 and 8 on with two in each 8 rows of the batch."""
         weights = self.base + self.ring + place * SLOT_BYTES + (self.warp & 7) * GROUP_BYTES
         mine, row = weights + self.lane * 16, self.lane >> 2
         x = self.base + self.activations + row * self.stride + part * (2 * GROUP_INPUTS) + (self.lane & 3) * 16
@@ -296,18 +369,25 @@ class RowsKernel(Frame):
         zero, new = t.constant(0.0, t.f32()), list(sums)
         for block in range(GROUP_INPUTS // 32):
             words = t.load_shared(mine, 4, offset=512 * block)
-            inputs = t.load_shared(x, 4, offset=64 * block)
-            product = [zero] * 4
+            operands = []
             for half in range(2):
                 upper, lower = (
                     [t.int8_as_bf16(t.permute_bytes(word, word, s)) for s in (0x1100, 0x3322)]
                     for word in words[2 * half : 2 * half + 2]
                 )
-                operand = [upper[0], lower[0], upper[1], lower[1]]
-                product = t.mma(operand, inputs[2 * half : 2 * half + 2], product, "bf16")
+                operands.append([upper[0], lower[0], upper[1], lower[1]])
             scale = t.unpack_halves(scales[block])
-            new = [t.fma(product[i], scale[i // 2], new[i]) for i in range(4)]
+            for tile in range(self.width // 8):
+                inputs = t.load_shared(x, 4, offset=64 * block + 8 * self.stride * tile)
+                product = t.mma(operands[0], inputs[:2], [zero] * 4, "bf16")
+                product = t.mma(operands[1], inputs[2:], product, "bf16")
+                for i in range(4):
+                    new[4 * tile + i] = t.fma(product[i], scale[i // 2], new[4 * tile + i])
         return new
+
+    def _finisher_place(self) -> Scalar:
+        feature, first = self._own()
+        return feature * self.row_bytes + first * 4
 
     def _feature(self, place: Scalar, stage: Stage) -> list[Scalar]:
         """The sums of this thread's feature and four rows."""
@@ -334,12 +414,14 @@ class RowsKernel(Frame):
     # What becomes of the results.
 
     def _own(self) -> tuple[Scalar, Scalar]:
-        """Which of a unit's features this thread finishes, and the first of its four rows."""
-        return self.thread // QUADS % GROUP_ROWS, self.thread % QUADS * 4
+        """Which of a unit's features this thread finishes, and the first of its four rows; 16 lanes on is the feature
+        8 on."""
+        within = self.thread % self.finishers
+        return within % 32 // 2, (within // 32 * 2 + within % 2) * 4
 
     def _feature_place(self, feature: Scalar) -> Scalar:
         """Where this thread's rows' results of a feature are among the features', in bytes."""
-        return feature * FEATURE + self.thread % QUADS * 8
+        return feature * self.feature + self._own()[1] * 2
 
     def _qkv(self, unit: Scalar, bias: Scalar) -> Callable[[Scalar, Scalar], None]:
         m = self.model
@@ -356,10 +438,10 @@ class RowsKernel(Frame):
             for i, (value, root) in enumerate(zip(self._feature(place, self.stages[0]), self._roots(), strict=True)):
                 row = t.minimum(first + i, self.rows - 1)
                 value = t.fma(value, root, own_bias.float())
-                angle = self.base + self.angles + (pair + row * (m.head_dim // 2)) * 4
-                cos, sin = (t.load_shared(angle, offset=o)[0].float() for o in (0, 2 * m.head_dim * self.rows))
+                angle = self.base + self.angles + (pair + row * m.head_dim) * 4
+                cos, sin = (t.load_shared(angle, offset=o)[0].float() for o in (0, 2 * m.head_dim))
                 sin = t.select(feature < 8, sin * -1.0, sin)
-                turned = t.fma(t.shuffle_xor(value, 8 * QUADS), sin, value * cos)
+                turned = t.fma(t.shuffle_xor(value, 16), sin, value * cos)
                 results.append(t.round_bf16(t.select(rotated, turned, value)))
             with t.when(valid):
                 rounded = [(word & -0x10000).float() * (1 / SCALE) for word in results]
@@ -380,7 +462,7 @@ class RowsKernel(Frame):
     def _out(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
         """x with attention's part added."""
         at = self._feature_place(unit * GROUP_ROWS + self._own()[0])
-        size = self.model.d_model * FEATURE
+        size = self.model.d_model * self.feature
         parts = [self._seen(self.before + (at + part * size).wide()) for part in range(DOWN_SPLIT)]
 
         def finish(place: Scalar, valid: Scalar) -> None:
@@ -401,7 +483,7 @@ class RowsKernel(Frame):
             sums = self._feature(place, self.stages[3])
             values = [a + t.select(part.equals(0), b, 0.0) for a, b in zip(sums, old, strict=True)]
             with t.when(valid):
-                self._hand_on(at + part * (self.model.d_model * FEATURE) + self.places.down, values)
+                self._hand_on(at + part * (self.model.d_model * self.feature) + self.places.down, values)
 
         return finish
 
@@ -410,36 +492,30 @@ class RowsKernel(Frame):
 
         def finish(place: Scalar, valid: Scalar) -> None:
             values = [v * root for v, root in zip(self._feature(place, self.stages[2]), self._roots(), strict=True)]
-            other = [t.shuffle_xor(value, 8 * QUADS) for value in values]
+            other = [t.shuffle_xor(value, 16) for value in values]
             results = [a * b * t.sigmoid(a) * (1 / SCALE) for a, b in zip(values, other, strict=True)]
             with t.when(valid), t.when(feature < 8):
                 self._hand_on(self._feature_place(unit * 8 + feature) + self.places.hidden, results)
 
         return finish
 
-    def _hidden(self, source: Scalar, share: tuple[Scalar, Scalar]) -> None:
+    def _hidden(self, source: Scalar, part: Scalar) -> None:
+        """One part of the hidden features as activations."""
         pairs = self.model.d_ff // 2 // DOWN_SPLIT
-        together = min(POLLED, -(-pairs // self.threads))
+        together = min(POLLED * 8 // self.width, -(-pairs // self.threads))
+        base = source + (part * (pairs * 2 * self.feature)).wide()
+        self._wait_for_features(base, pairs, self.mark)
 
-        def part(i: Scalar) -> Sequence[Scalar]:
-            base = source + (i * (pairs * 2 * FEATURE)).wide()
-            self._wait_for_features(base, pairs, self.mark)
-
-            def some(start: Scalar) -> Sequence[Scalar]:
-                own = [start + self.thread + turn * self.threads for turn in range(together)]
-                near = [t.minimum(index, pairs - 1) for index in own]
-                places = [(base + (n * (2 * FEATURE) + f * FEATURE).wide(), ROWS // 2) for n in near for f in (0, 1)]
-                found = self._wait_for(places, self.mark)
-                values = [[half for word in words for half in t.unpack_halves(word)] for words in found]
-                for j, (index, n) in enumerate(zip(own, near, strict=True)):
-                    place = i * pairs + n if self._in_parts(self.stages[3]) else n
-                    self._activate_pair(place, index < pairs, values[2 * j], values[2 * j + 1])
-                return ()
-
-            t.loop(0, t.kept(t.constant(pairs)), together * self.threads, [], some, rolled=True)
+        def some(start: Scalar) -> Sequence[Scalar]:
+            own = [start + self.thread + turn * self.threads for turn in range(together)]
+            near = [t.minimum(index, pairs - 1) for index in own]
+            places = [base + ((2 * n + f) * self.feature).wide() for n in near for f in range(2)]
+            values = self._take_features(places, self.mark)
+            for j, (index, n) in enumerate(zip(own, near, strict=True)):
+                self._activate_pair(n, index < pairs, values[2 * j], values[2 * j + 1])
             return ()
 
-        t.loop(*self._parts_of(share), 1, [], part, rolled=True)
+        t.loop(0, t.kept(t.constant(pairs)), together * self.threads, [], some, rolled=True)
 
     def _logits(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
         feature, first = self._own()
@@ -479,7 +555,7 @@ class RowsKernel(Frame):
         m = self.model
         each = m.head_dim // 2
         pairs = (self.group + 2) * each
-        odd, which = (row & 1).differs(0), row >> 1
+        odd, which = (row & 1).differs(0), row % 8 >> 1
         indices = [self.thread + start for start in range(0, pairs, self.threads)]
         near = [t.minimum(index, pairs - 1) for index in indices]
         places = []
@@ -487,8 +563,8 @@ class RowsKernel(Frame):
             own, pair = index // each, index % each
             new = m.n_heads + (own - self.group) * m.n_kv_heads
             source = t.select(own < self.group, head * self.group + own, new + head)
-            place = self.here + ((source * each + pair) * (2 * FEATURE)).wide() + self.places.qkv
-            places += [(place, 4), (place + FEATURE, 4)]
+            place = self.here + ((source * each + pair) * (2 * self.feature) + row // 8 * 16).wide() + self.places.qkv
+            places += [(place, 4), (place + self.feature, 4)]
         halves = []
         for words in self._wait_for(places, self.mark):
             word = t.select(which < 2, t.select(which.equals(0), words[0], words[1]),
@@ -527,7 +603,7 @@ class RowsKernel(Frame):
 
         zero = t.constant(0.0, t.f32())
         log, *values = t.either(exists, combined, [t.constant(MASKED, t.f32()), *[zero] * 4])
-        place = (chunk * ROWS + row) * m.n_heads + head * self.group + query
+        place = (chunk * self.width + row) * m.n_heads + head * self.group + query
         self._hand_on((place * each + four) * 8 + self.places.attention, values)
         with t.when(four.equals(0)):
             address = self.here + (place * 8 + self.places.weights).wide()
@@ -548,7 +624,7 @@ class RowsKernel(Frame):
             near = [t.minimum(index, items - 1) for index in own]
 
             def add(chunk: Scalar, *sums: Scalar) -> Sequence[Scalar]:
-                first = chunk * (ROWS * m.n_heads)
+                first = chunk * (self.width * m.n_heads)
                 places = [(source + ((first * each + index) * 16 + self.places.attention).wide(), 4) for index in near]
                 new = []
                 for i, words in enumerate(self._wait_for(places, self.mark)):
@@ -580,7 +656,9 @@ class RowsKernel(Frame):
             place = t.minimum(start + self.thread, heads - 1)
 
             def look(i: Scalar, top: Scalar, total: Scalar) -> Sequence[Scalar]:
-                own = [t.minimum(i + n, self.chunks - 1) * (ROWS * self.model.n_heads) + place for n in range(MERGED)]
+                own = [
+                    t.minimum(i + n, self.chunks - 1) * (self.width * self.model.n_heads) + place for n in range(MERGED)
+                ]
                 logs = self._wait_for_logs([source + (at * 8 + self.places.weights).wide() for at in own])
                 for at, log in zip(own, logs, strict=True):
                     t.store_shared(mine + at * 4, log)
@@ -594,7 +672,7 @@ class RowsKernel(Frame):
             norm = t.reciprocal(total)
 
             def weigh(chunk: Scalar) -> Sequence[Scalar]:
-                at = mine + (chunk * (ROWS * self.model.n_heads) + place) * 4
+                at = mine + (chunk * (self.width * self.model.n_heads) + place) * 4
                 t.store_shared(at, t.exp2(t.load_shared(at)[0].float() - top) * norm)
                 return ()
 
