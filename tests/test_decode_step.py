@@ -406,7 +406,9 @@ def test_the_kernel_is_right(name, position):
     check_kernel(*run_both(sizes, position, 1152, "mosaic_gpu", jnp.bfloat16), position, 1152, sizes)
 
 
-@pytest.mark.parametrize("positions", [(0, 300), (1100, 3, 255, 256, 511, 0, 700, 129)])
+@pytest.mark.parametrize("positions", [
+    (0, 300), (1100, 3, 255, 256, 511, 0, 700, 129), tuple(range(0, 1100, 100)), tuple(range(0, 1100, 17))[:64],
+])  # fmt: skip
 @pytest.mark.parametrize("name", KERNEL_SIZES)
 def test_the_kernel_of_rows_is_right(name, positions):
     if not on_hopper():
