@@ -6,7 +6,6 @@ once. While the host reads one chunk of tokens, the next is already running.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import math
 import threading
@@ -266,7 +265,7 @@ class LanguageModel:
         self._fused = attention_is_fused(config, device, kernels)
         self._buckets = _BUCKETS.get(device.platform, _BUCKETS["gpu"])
         self._programs: dict[Any, jax.stages.Compiled] = {}
-        self._locks: collections.defaultdict[Any, threading.Lock] = collections.defaultdict(threading.Lock)
+        self._locks: dict[Any, threading.Lock] = {}
         # On a CPU launches are cheap, and a large program that runs out of memory has been seen not to return.
         self._launches_cost = device.platform != "cpu"
 
@@ -725,7 +724,7 @@ class LanguageModel:
         """
         key = self._key(function, args, static)
         with jax.default_device(self.device):
-            with self._locks[key]:  # threads that need different programs compile them side by side
+            with self._locks.setdefault(key, threading.Lock()):  # different programs are compiled side by side
                 if key not in self._programs:
                     start = time.perf_counter()
                     self._programs[key] = self._compile(function, args, params, donate, static)
