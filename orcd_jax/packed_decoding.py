@@ -19,12 +19,10 @@ from orcd_jax.model import Decoder, rope_angles
 from orcd_jax.quantize import QuantizedArray
 from pallas_kernels import decode_step
 from pallas_kernels.decode_step import (
-    ROWS,
     DecoderSizes,
     Handover,
     LayerWeights,
     PackedWeights,
-    Pools,
     init_handover,
 )  # fmt: skip
 from pallas_kernels.decode_step import pack as pack_weights
@@ -82,13 +80,26 @@ def begin(params: Params, config: ModelConfig, cache: KVCache) -> Handover | Non
     Several rows take this way only where kernels were asked for by name: on a card that has not been measured yet.
     """
     plain = isinstance(cache, FullCache) or (isinstance(cache, SlidingCache) and cache.sinks == 0)
-    rows = cache.lengths.shape[0]
-    few = rows == 1 or (preferred() == "mosaic_gpu" and rows <= ROWS and Pools.of(rows).take(rows))
-    plain = plain and few and not config.cache.int8
+    plain = plain and not config.cache.int8 and config.activation_dtype == jnp.bfloat16
     rotated = 2 * len(config.rope_frequencies()) == config.head_dim
-    if PACKED not in params or not plain or not rotated or config.activation_dtype != jnp.bfloat16:
+    if PACKED not in params or not plain or not rotated:
+        return None
+    rows = cache.lengths.shape[0]
+    if rows > 1 and not (preferred() == "mosaic_gpu" and _runs(_sizes_on(config, cache), cache, rows)):
         return None
     return init_handover(sizes(config), rows)
+
+
+def _runs(sizes: DecoderSizes, cache: KVCache, rows: int) -> bool:
+    """Whether the op has a kernel for so many rows."""
+    from pallas_kernels.mosaic_gpu.decode_step import kernel_for
+
+    layer: Any = cache.layers[0]
+    try:
+        kernel_for(sizes, layer.keys.shape[2], rows)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def step(

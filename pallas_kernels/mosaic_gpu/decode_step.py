@@ -56,6 +56,20 @@ def configure(sizes: DecoderSizes) -> Config:
     return config
 
 
+def kernel_for(sizes: DecoderSizes, length: int, rows: int) -> Frame:
+    """The kernel for so many rows on a cache of `length` slots.
+
+    Raises:
+      NotImplementedError: if there is none.
+    """
+    config = configure(sizes)
+    if rows > ROWS:
+        raise NotImplementedError(f"at most {ROWS} rows, not {rows}")
+    if rows == 1:
+        return RowKernel(sizes, config, length)
+    return RowsKernel(sizes, dataclasses.replace(config, blocks=config.blocks // Pools.of(rows).number), length, rows)
+
+
 def decode_step(
     x: jax.Array,
     positions: jax.Array,
@@ -72,22 +86,14 @@ def decode_step(
     Raises:
       NotImplementedError: for too many rows, a cache that is not bfloat16, or sizes that do not fit.
     """
-    config, (rows, _) = configure(sizes), x.shape
-    if rows > ROWS:
-        raise NotImplementedError(f"at most {ROWS} rows, not {rows}")
     if x.dtype != jnp.bfloat16 or caches[0][0].dtype != jnp.bfloat16:
         raise NotImplementedError(f"bfloat16 only, not {x.dtype} and a cache of {caches[0][0].dtype}")
     if 2 * cos.shape[1] != sizes.head_dim:
         raise NotImplementedError(f"all of a head rotated, not {2 * cos.shape[1]} of {sizes.head_dim}")
-    length = caches[0][0].shape[2]
-    pools, columns = Pools.of(rows).number, sizes.vocab_size
-    if rows == 1:
-        kernel: Frame = RowKernel(sizes, config, length)
-        given = x.astype(jnp.float32)
-    else:
-        config = dataclasses.replace(config, blocks=config.blocks // pools)
-        kernel = RowsKernel(sizes, config, length, rows)
-        given = input_words(x, handover.step, sizes)
+    rows, columns = len(x), sizes.vocab_size
+    kernel = kernel_for(sizes, caches[0][0].shape[2], rows)
+    config, pools = kernel.config, kernel.pools
+    given = x.astype(jnp.float32) if rows == 1 else input_words(x, handover.step, sizes)
     if pools > 1:
         columns = sizes.d_model
         if head is None:

@@ -72,7 +72,6 @@ class Frame:
     rows = 1  # of the batch, or of a pool's part of it
     pools = 1  # that the SMs are divided into
     space_bytes = x_bytes = 0  # of a pool, where there are several
-    head_units = HEAD_UNITS
     row_bytes = 4  # of a partial sum of a row of weights
     finishers = GROUP_ROWS  # threads that see to a unit's results
     chunks: int  # the most that a head's keys are split into
@@ -101,9 +100,8 @@ class Frame:
             start, offset = offset, -(-(offset + size) // 128) * 128
             return start
 
-        units = [self._at_once(stage) for stage in self.stages] + [self.head_units]
-        partials = [self._partials(stage) for stage in (*self.stages, self.logits)]
-        self.partial = take(GROUP_ROWS * self.row_bytes * max(n * p for n, p in zip(units, partials, strict=True)))
+        most = max(self._at_once(stage) * self._partials(stage) for stage in (*self.stages, self.logits))
+        self.partial = take(GROUP_ROWS * self.row_bytes * most)
         self.row_words = m.head_dim + 4  # of a head's output in shared memory, padded
         self.outputs = take(4 * self.warps * self.group * self.row_words)
         self.maxima = take(4 * self.warps * 8)
@@ -197,6 +195,10 @@ class Frame:
 
     def _at_once(self, stage: Stage) -> int:
         """The most units that a block multiplies by at once."""
+        return HEAD_UNITS if stage == self.logits else self._most_units(stage)
+
+    def _most_units(self, stage: Stage) -> int:
+        """The most units of a block's share."""
         return -(-stage.units // self.config.blocks)
 
     def _in_pieces(
@@ -290,6 +292,34 @@ class Frame:
     def _in_parts(self, stage: Stage) -> bool:
         """Whether there are activations of several parts of the stage's inputs side by side."""
         return False
+
+    def _enter_layer(self, index: Scalar) -> Scalar:
+        """Say which layer it is; gives the address of its norms' scales and bias."""
+        self.tag = self.first_tag + index
+        pointers = self.base + self.pointers + index * 16
+        self.keys, self.values = t.ptx("ld.shared.v2.b64 {$0, $1}, [$2];", pointers, results=[t.i64()] * 2)
+        return self.vectors + (index * (4 * (2 * self.model.d_model + self.model.qkv_rows))).wide()
+
+    def _place_in_head(self, unit: Scalar, row: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+        """Of a row of a unit of q|k|v: its head, whether that is rotated, its rotary pair and its dimension.
+
+        Rows 8 apart in a tile are half a head apart where they are rotated.
+        """
+        m = self.model
+        tiles = m.head_dim // GROUP_ROWS
+        head, tile = unit // tiles, unit % tiles
+        rotated, pair = head < m.n_heads + m.n_kv_heads, tile * 8 + (row & 7)
+        within = t.select(rotated, pair + (row >> 3) * (m.head_dim // 2), tile * GROUP_ROWS + row)
+        return head, rotated, pair, within
+
+    def _store_in_cache(self, head: Scalar, row: Scalar | int, slot: Scalar, within: Scalar, rounded: Scalar) -> None:
+        """Store the upper half of a word, of a key or value of a row of the batch, where there is such a slot."""
+        m = self.model
+        is_key = head < m.n_heads + m.n_kv_heads
+        kv_head = head - t.select(is_key, t.constant(m.n_heads), m.n_heads + m.n_kv_heads)
+        element = ((kv_head + row * m.n_kv_heads) * self.length + slot) * m.head_dim + within
+        with t.when(slot < self.length):
+            t.store_global_half(t.select(is_key, self.keys, self.values) + element.wide() * 2, rounded >> 16)
 
     # Products.
 

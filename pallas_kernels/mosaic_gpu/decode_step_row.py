@@ -63,17 +63,13 @@ class RowKernel(Frame):
     def _consume(self, x: Scalar) -> None:
         m, stages, self.span = self.model, self.stages, self._span()
         self.copy = (self.block % COPIES).wide() * (8 * self.words.total)
-        norms = 2 * m.d_model + m.qkv_rows
 
         def layer(index: Scalar, turn: Scalar, count: Scalar, *x: Scalar) -> Sequence[Scalar]:
-            self.tag = self.first_tag + index
+            vectors = self._enter_layer(index)
             layer_bytes = COPIES * 8 * self.words.total
             self.here = self.space + ((index & 1) * layer_bytes).wide()
             before = self.space + (((index & 1) ^ 1) * layer_bytes).wide() + self.copy
             mine = self.here + self.copy
-            vectors = self.vectors + (index * (4 * norms)).wide()
-            pointers = self.base + self.pointers + index * 16
-            self.keys, self.values = t.ptx("ld.shared.v2.b64 {$0, $1}, [$2];", pointers, results=[t.i64()] * 2)
 
             scales = self._of_items(vectors)
 
@@ -260,12 +256,8 @@ class RowKernel(Frame):
     def _qkv(self, unit: Scalar, bias: Scalar) -> Callable[[Scalar, Scalar], None]:
         """Bias, rotation, the cache."""
         m, groups = self.model, self.stages[0].groups
-        tiles, row = m.head_dim // GROUP_ROWS, self.thread & 15
-        head, tile = unit // tiles, unit % tiles
-        rotated = head < m.n_heads + m.n_kv_heads
-        # Rows 8 apart in a tile are half a head apart where they are rotated.
-        pair = tile * 8 + (row & 7)
-        within = t.select(rotated, pair + (row >> 3) * (m.head_dim // 2), tile * GROUP_ROWS + row)
+        row = self.thread & 15
+        head, rotated, pair, within = self._place_in_head(unit, row)
         at = head * m.head_dim + within
         (own_bias,) = t.load_global(bias + (at * 4).wide())
         cos, sin = (t.load_shared(self.base + self.angles + pair * 4, offset=o)[0].float() for o in (0, 2 * m.head_dim))
@@ -277,13 +269,8 @@ class RowKernel(Frame):
             rounded = t.round_bf16(t.select(rotated, turned, value))
             with t.when(valid):
                 self._send(at + self.words.qkv, rounded, 1)
-                slot = self._slot(self.position)
-                with t.when(head >= m.n_heads), t.when(slot < self.length):
-                    is_key = head < m.n_heads + m.n_kv_heads
-                    cache = t.select(is_key, self.keys, self.values)
-                    kv_head = head - t.select(is_key, t.constant(m.n_heads), m.n_heads + m.n_kv_heads)
-                    element = (kv_head * self.length + slot) * m.head_dim + within
-                    t.store_global_half(cache + element.wide() * 2, rounded >> 16)
+                with t.when(head >= m.n_heads):
+                    self._store_in_cache(head, 0, self._slot(self.position), within, rounded)
 
         return finish
 

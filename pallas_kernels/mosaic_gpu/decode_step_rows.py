@@ -29,14 +29,12 @@ from pallas_kernels.decode_step import DOWN_SPLIT, GROUP_INPUTS, GROUP_ROWS, Dec
 from pallas_kernels.mosaic_gpu import threads as t
 from pallas_kernels.mosaic_gpu.decode_step_frame import (
     GROUP_BYTES,
-    HEAD_UNITS,
     KEYS,
     MASKED,
     MERGED,
     PAUSE,
     SCALE,
     SLOT_BYTES,
-    SLOT_GROUPS,
     Config,
     Frame,
     Stage,
@@ -73,7 +71,6 @@ class RowsKernel(Frame):
         self.rows, self.chunks = min(rows, self.width), sizes.chunks_of(rows)
         self.feature, self.quads = 2 * self.width, self.width // 4  # bytes of a feature's results; fours of rows
         self.row_bytes, self.finishers = 4 * self.width, self.quads * GROUP_ROWS
-        self.head_units = min(HEAD_UNITS, 32 * SLOT_GROUPS * config.teams // self.finishers)
         super().__init__(sizes, config, length)
         self.places = HandoverOfRows.of(sizes, rows)
         self.space_bytes, self.x_bytes = 2 * self.places.total, DOWN_SPLIT * sizes.d_model * self.feature
@@ -95,8 +92,8 @@ class RowsKernel(Frame):
         body: Callable[[tuple[Scalar, Scalar], Scalar], Scalar],
     ) -> Scalar:  # fmt: skip
         """As `_in_pieces`, as many units at a time as the block has threads to finish them."""
-        (first, units), most = share, self.head_units if stage == self.logits else self._at_once(stage)
-        if most >= super()._at_once(stage):
+        (first, units), most = share, self._at_once(stage)
+        if most >= self._most_units(stage):
             return body(share, count)
 
         def batch(i: Scalar, count: Scalar) -> Sequence[Scalar]:
@@ -111,8 +108,8 @@ class RowsKernel(Frame):
         """Run count = body(part, share of it, count) for the parts of the inputs that a share of down takes."""
         first, units = share
         tiles = self.stages[3].units // DOWN_SPLIT
-        begin = first // tiles
-        end = t.select(units.equals(0), begin, (first + units - 1) // tiles + 1)
+        begin, end = self._parts_of(share)
+        end = t.select(units.equals(0), begin, end)
 
         def part(i: Scalar, count: Scalar) -> Sequence[Scalar]:
             start = t.maximum_unsigned(first, i * tiles)
@@ -142,21 +139,17 @@ class RowsKernel(Frame):
 
     def _consume(self, x: Scalar) -> None:
         m, stages, places = self.model, self.stages, self.places
-        norms = 2 * m.d_model + m.qkv_rows
         self.most_chunks = t.constant(1)
         for row in range(self.rows):
             self.position = self._position(row)
             self.most_chunks = t.maximum_unsigned(self.most_chunks, self._span()[3])
 
         def layer(index: Scalar, turn: Scalar, count: Scalar) -> Sequence[Scalar]:
-            self.tag = self.first_tag + index
+            vectors = self._enter_layer(index)
             self.mark = marks(self.tag)
             self.here = self.space + ((self.tag & 1) * places.total).wide()
             before = self.space + (((self.tag & 1) ^ 1) * places.total).wide() + places.down
             self.before = t.select(index.equals(0), x, before)
-            vectors = self.vectors + (index * (4 * norms)).wide()
-            pointers = self.base + self.pointers + index * 16
-            self.keys, self.values = t.ptx("ld.shared.v2.b64 {$0, $1}, [$2];", pointers, results=[t.i64()] * 2)
 
             self._normal(self.before, DOWN_SPLIT, marks(self.tag - 1), vectors)
             bias = vectors + 4 * 2 * m.d_model
@@ -205,13 +198,7 @@ class RowsKernel(Frame):
         for start in range(0, d // 2, threads):
             index = self.block * self.threads + self.thread + start
             near = t.minimum(index, d // 2 - 1)
-            places = [
-                source + (near * (2 * self.feature) + (part * d + f) * self.feature).wide()
-                for f in range(2)
-                for part in range(DOWN_SPLIT)
-            ]
-            found = self._take_features(places, mark)
-            a, b = ([t.total(list(v)) for v in zip(*found[i : i + DOWN_SPLIT], strict=True)] for i in (0, DOWN_SPLIT))
+            ((a, b),) = self._take_pairs(source, [near], DOWN_SPLIT, mark)
             with t.when(index < d // 2):
                 for row in range(self.rows):
                     t.store_global(self.result + ((near * 2 + row * d) * 4).wide(), a[row] * SCALE, b[row] * SCALE)
@@ -243,6 +230,22 @@ class RowsKernel(Frame):
         words = self._wait_for([(place + 16 * piece, 4) for place in places for piece in range(pieces)], mark)
         halves = [[half for word in four for half in t.unpack_halves(word)] for four in words]
         return [[h for piece in halves[i : i + pieces] for h in piece] for i in range(0, len(halves), pieces)]
+
+    def _take_pairs(
+        self, source: Scalar, indices: Sequence[Scalar], parts: int, mark: Scalar
+    ) -> list[tuple[list[Scalar], list[Scalar]]]:
+        """All rows' results of the features 2 i and 2 i + 1, for each of `indices`, the sums of so many parts of x."""
+        distance = self.model.d_model * self.feature
+        places = [
+            source + ((2 * index + f) * self.feature + part * distance).wide()
+            for index in indices for f in range(2) for part in range(parts)
+        ]  # fmt: skip
+        found = self._take_features(places, mark)
+        sums = [
+            [t.total(list(values)) for values in zip(*found[i : i + parts], strict=True)]
+            for i in range(0, len(found), parts)
+        ]
+        return list(zip(sums[::2], sums[1::2], strict=True))
 
     def _wait_for_logs(self, places: Sequence[Scalar]) -> list[Scalar]:
         """The float32 at each address, once the tags beside them are this layer's."""
@@ -279,19 +282,8 @@ class RowsKernel(Frame):
             own = [start + self.thread + turn * self.threads for turn in range(together)]
             near = [t.minimum(index, pairs - 1) for index in own]
             factors = [[w.float() for w in t.load_global(scales + (index * 8).wide(), 2)] for index in near]
-            places = [
-                source + (index * (2 * self.feature) + (part * m.d_model + feature) * self.feature).wide()
-                for index in near
-                for feature in range(2)
-                for part in range(parts)
-            ]
-            found = self._take_features(places, mark)
-            for i, index in enumerate(own):
-                exists = index < pairs
-                a, b = (
-                    [t.total(list(values)) for values in zip(*found[j : j + parts], strict=True)]
-                    for j in (2 * i * parts, (2 * i + 1) * parts)
-                )
+            for i, (a, b) in enumerate(self._take_pairs(source, near, parts, mark)):
+                exists = own[i] < pairs
                 self._activate_pair(near[i], exists, [x * factors[i][0] for x in a], [x * factors[i][1] for x in b])
                 squares = tuple(
                     s + t.select(exists, t.fma(x, x, y * y), 0.0) for s, x, y in zip(squares, a, b, strict=True)
@@ -425,11 +417,8 @@ class RowsKernel(Frame):
 
     def _qkv(self, unit: Scalar, bias: Scalar) -> Callable[[Scalar, Scalar], None]:
         m = self.model
-        tiles, (feature, first) = m.head_dim // GROUP_ROWS, self._own()
-        head, tile = unit // tiles, unit % tiles
-        rotated = head < m.n_heads + m.n_kv_heads
-        pair = tile * 8 + (feature & 7)
-        within = t.select(rotated, pair + (feature >> 3) * (m.head_dim // 2), tile * GROUP_ROWS + feature)
+        feature, first = self._own()
+        head, rotated, pair, within = self._place_in_head(unit, feature)
         at = head * m.head_dim + within
         (own_bias,) = t.load_global(bias + (at * 4).wide())
 
@@ -447,15 +436,11 @@ class RowsKernel(Frame):
                 rounded = [(word & -0x10000).float() * (1 / SCALE) for word in results]
                 self._hand_on(self._feature_place(at) + self.places.qkv, rounded)
                 with t.when(head >= m.n_heads):
-                    is_key = head < m.n_heads + m.n_kv_heads
-                    cache = t.select(is_key, self.keys, self.values)
-                    kv_head = head - t.select(is_key, t.constant(m.n_heads), m.n_heads + m.n_kv_heads)
                     for i, result in enumerate(results):
                         row = first + i
                         slot = self._slot(self._position(t.minimum(row, self.rows - 1)))
-                        with t.when(row < self.rows), t.when(slot < self.length):
-                            element = ((kv_head + row * m.n_kv_heads) * self.length + slot) * m.head_dim + within
-                            t.store_global_half(cache + element.wide() * 2, result >> 16)
+                        with t.when(row < self.rows):
+                            self._store_in_cache(head, row, slot, within, result)
 
         return finish
 
@@ -509,10 +494,8 @@ class RowsKernel(Frame):
         def some(start: Scalar) -> Sequence[Scalar]:
             own = [start + self.thread + turn * self.threads for turn in range(together)]
             near = [t.minimum(index, pairs - 1) for index in own]
-            places = [base + ((2 * n + f) * self.feature).wide() for n in near for f in range(2)]
-            values = self._take_features(places, self.mark)
-            for j, (index, n) in enumerate(zip(own, near, strict=True)):
-                self._activate_pair(n, index < pairs, values[2 * j], values[2 * j + 1])
+            for index, n, (a, b) in zip(own, near, self._take_pairs(base, near, 1, self.mark), strict=True):
+                self._activate_pair(n, index < pairs, a, b)
             return ()
 
         t.loop(0, t.kept(t.constant(pairs)), together * self.threads, [], some, rolled=True)
