@@ -138,8 +138,8 @@ def _parser() -> argparse.ArgumentParser:
         "-c", "--context", type=int, metavar="N", help="most tokens, prompt included; default: the model's"
     )
     run.add_argument("--kernels", choices=("auto", "xla", "mosaic_gpu"), default="auto",
-        help="auto: the fastest, on an NVIDIA Hopper GPU hand-written ones and one for the whole decode step of a "
-        "single prompt; mosaic_gpu: without that one; xla: none of them")  # fmt: skip
+        help="auto: the fastest, on an NVIDIA Hopper GPU hand-written ones and one for the whole decode step of up "
+        "to eight prompts; mosaic_gpu: without that one; xla: none of them")  # fmt: skip
     run.add_argument("--device", choices=("cpu", "gpu"), help="default: a GPU if JAX finds one")
 
     out = parser.add_argument_group("reports")

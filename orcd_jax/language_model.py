@@ -864,7 +864,7 @@ def load(
       context: the most tokens of a row; None: the model's own.
       device: "cpu" or "gpu"; None: JAX's default.
       kernels: "auto": the fastest, which on an NVIDIA Hopper GPU are the hand-written ones, and a single one for the
-        whole step of a row decoded alone, for which a second copy of the weights is made if memory is ample;
+        whole step of up to eight rows, for which a second copy of the weights is made if memory is ample;
         "mosaic_gpu": those of the ops alone; "xla": none.
       progress: show downloading and loading on stderr.
 

@@ -26,7 +26,7 @@ from pallas_kernels.decode_step import (
     init_handover,
 )  # fmt: skip
 from pallas_kernels.decode_step import pack as pack_weights
-from pallas_kernels.implementation import on_hopper, preferred
+from pallas_kernels.implementation import on_hopper
 
 PACKED = "packed"
 _MATRICES = (("attention", "qkv"), ("attention", "out"), ("swiglu", "gate_up"), ("swiglu", "down"))
@@ -75,17 +75,14 @@ def _packed(params: Params, config: ModelConfig) -> PackedWeights:
 
 
 def begin(params: Params, config: ModelConfig, cache: KVCache) -> Handover | None:
-    """What the first `step` takes; None where steps must be run op by op.
-
-    Several rows take this way only where kernels were asked for by name: on a card that has not been measured yet.
-    """
+    """What the first `step` takes; None where steps must be run op by op."""
     plain = isinstance(cache, FullCache) or (isinstance(cache, SlidingCache) and cache.sinks == 0)
     plain = plain and not config.cache.int8 and config.activation_dtype == jnp.bfloat16
     rotated = 2 * len(config.rope_frequencies()) == config.head_dim
     if PACKED not in params or not plain or not rotated:
         return None
     rows = cache.lengths.shape[0]
-    if rows > 1 and not (preferred() == "mosaic_gpu" and _runs(_sizes_on(config, cache), cache, rows)):
+    if rows > 1 and not _runs(_sizes_on(config, cache), cache, rows):
         return None
     return init_handover(sizes(config), rows)
 
@@ -138,7 +135,6 @@ def step(
         old,
         handover,
         sizes=_sizes_on(config, cache),
-        head=params["embedding" if config.tied_head else "head"],
         implementation=implementation,
     )
     new: Any = [LayerCache(*layer) for layer in layers]

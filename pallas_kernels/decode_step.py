@@ -1,4 +1,4 @@
-"""A decode step of one row as one op: all layers, the final norm and the head.
+"""A decode step of few rows as one op: all layers, the final norm and the head.
 
     for each layer:  x += Wo attention(rope(rms_norm(x) Wqkv^T + b), cache);  x += swiglu(rms_norm(x))
     logits = rms_norm(x) Whead^T
@@ -34,23 +34,7 @@ GROUP_BYTES = GROUP_ROWS * GROUP_INPUTS * 17 // 16
 COPIES = 4  # of what many blocks read, so that they wait for different memory
 CHUNKS = 32  # the most that a head's keys are split into
 DOWN_SPLIT = 2  # parts of the inputs of the down projection
-ROWS = 128  # the most of a batch that a kernel takes
-
-
-class Pools(NamedTuple):
-    """How several rows are divided between pools of SMs, each of which takes its own through all layers."""
-
-    number: int
-    width: int  # rows of a pool, which the last one may not fill if it is the only one
-
-    @classmethod
-    def of(cls, rows: int) -> Pools:
-        width = 8 if rows <= 8 else 16
-        return cls(-(-rows // width), width)
-
-    def take(self, rows: int) -> bool:
-        """Whether so many rows can be divided like this."""
-        return self.number == 1 or rows % self.width == 0
+ROWS = 8  # the most of a batch that a kernel takes
 
 
 @dataclass(frozen=True)
@@ -75,8 +59,7 @@ class DecoderSizes:
 
     def chunks_of(self, rows: int) -> int:
         """`chunks` where there are so many rows."""
-        pools = Pools.of(rows)
-        return max(1, min(CHUNKS, 128 // pools.number // (min(rows, pools.width) * self.n_kv_heads)))
+        return max(1, min(CHUNKS, 128 // (rows * self.n_kv_heads)))
 
     @property
     def qkv_rows(self) -> int:
@@ -143,23 +126,22 @@ class HandoverWords(NamedTuple):
 
 
 class HandoverOfRows(NamedTuple):
-    """As `HandoverWords` for a pool of rows, in bytes. All is float16 [.., rows], but for what attention makes."""
+    """As `HandoverWords` for several rows, in bytes. All is float16 [.., `ROWS`], but for what attention makes."""
 
-    qkv: int  # [(N + 2 K) H, rows]
-    attention: int  # [chunks, rows, N, H]: outputs
-    weights: int  # [chunks, rows, N]: the logarithms of their weights, float32, and tags
-    out: int  # [D, rows]
-    hidden: int  # [F, rows]
-    down: int  # [2, D, rows]: two parts, to be summed
+    qkv: int  # [(N + 2 K) H, ROWS]
+    attention: int  # [chunks, ROWS, N, H]: outputs
+    weights: int  # [chunks, ROWS, N]: the logarithms of their weights, float32, and tags
+    out: int  # [D, ROWS]
+    hidden: int  # [F, ROWS]
+    down: int  # [2, D, ROWS]: two parts, to be summed
     total: int
 
     @classmethod
     def of(cls, sizes: DecoderSizes, rows: int) -> HandoverOfRows:
-        width = Pools.of(rows).width
-        outputs = sizes.chunks_of(rows) * width * sizes.n_heads
+        outputs = sizes.chunks_of(rows) * ROWS * sizes.n_heads
         counts = (
-            2 * width * sizes.qkv_rows, 2 * outputs * sizes.head_dim, 8 * outputs, 2 * width * sizes.d_model,
-            2 * width * sizes.d_ff, DOWN_SPLIT * 2 * width * sizes.d_model,
+            2 * ROWS * sizes.qkv_rows, 2 * outputs * sizes.head_dim, 8 * outputs, 2 * ROWS * sizes.d_model,
+            2 * ROWS * sizes.d_ff, DOWN_SPLIT * 2 * ROWS * sizes.d_model,
         )  # fmt: skip
         return cls(*(sum(counts[:i]) for i in range(len(counts) + 1)))
 
@@ -167,7 +149,7 @@ class HandoverOfRows(NamedTuple):
 class Handover(NamedTuple):
     """What a kernel's blocks hand each other results through; it goes from step to step."""
 
-    words: jax.Array  # int32, for even and for odd layers: [2, COPIES, words, 2], or [pools, 2, bytes / 4]
+    words: jax.Array  # int32, for even and for odd layers: [2, COPIES, words, 2], or [2, bytes / 4]
     step: jax.Array  # int32 [1]
 
 
@@ -264,7 +246,7 @@ def init_handover(sizes: DecoderSizes, rows: int = 1) -> Handover:
     if rows == 1:
         shape: tuple[int, ...] = 2, COPIES, HandoverWords.of(sizes).total, 2
     else:
-        shape = Pools.of(rows).number, 2, HandoverOfRows.of(sizes, rows).total // 4
+        shape = 2, HandoverOfRows.of(sizes, rows).total // 4
     return Handover(jnp.zeros(shape, jnp.int32), jnp.zeros(1, jnp.int32))
 
 
@@ -277,10 +259,8 @@ def reference(
     caches: Sequence[tuple[jax.Array, jax.Array]],
     handover: Handover,
     sizes: DecoderSizes,
-    head: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]], Handover]:
     """The op in plain JAX."""
-    del head  # it is in the packed weights
     x, new = x[:, None], []
     visibility = Visibility(window=sizes.window)
     for layer, (keys, values) in enumerate(caches):
@@ -328,7 +308,6 @@ def decode_step(
     handover: Handover,
     *,
     sizes: DecoderSizes,
-    head: tuple[jax.Array, jax.Array] | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]], Handover]:
     """Run one token through a decoder.
@@ -341,7 +320,6 @@ def decode_step(
       caches: each layer's keys and values, [B, K, S, H].
       handover: from `init_handover` or the step before; steps that share it run one after the other.
       sizes: the decoder's, static.
-      head: its blocks as they were before `pack`, for more rows than the kernel multiplies by the head itself.
       implementation: "mosaic_gpu", "xla", or None to choose.
 
     Returns:
@@ -359,5 +337,4 @@ def decode_step(
         caches,
         handover,
         sizes,
-        head,
     )

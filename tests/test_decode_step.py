@@ -28,7 +28,7 @@ from pallas_kernels.decode_step import (
     unpack_matrix,
     unpack_parts,
 )  # fmt: skip
-from pallas_kernels.implementation import on_hopper, use
+from pallas_kernels.implementation import on_hopper
 
 SIZES = DecoderSizes(
     n_layers=2, d_model=256, d_ff=256, n_heads=4, n_kv_heads=2, head_dim=64, vocab_size=160, eps=1e-6, window=None
@@ -220,7 +220,6 @@ def test_decoding_by_the_op_gives_the_same_tokens(monkeypatch, rows):
     assert packed_decoding.PACKED in packed
     decode = jax.jit(decoding.decode, static_argnums=(1, 3))
     plain_state, plain = decode(params, CONFIG, start(params, CONFIG, rows), 12)
-    monkeypatch.setattr(packed_decoding, "preferred", lambda: "mosaic_gpu")
     state, emitted = decode(packed, CONFIG, start(params, CONFIG, rows), 12)
     assert np.array_equal(emitted.tokens, plain.tokens)
     assert np.array_equal(emitted.tokens[-1], [decoding.NO_TOKEN] * rows)  # a row that ends goes on without effect
@@ -244,10 +243,9 @@ def test_where_the_op_is_not_used(monkeypatch):
     cache = decoding.init_cache(CONFIG, 1, 16)
     assert packed_decoding.begin(params, CONFIG, cache) is None
     assert packed_decoding.begin(packed, CONFIG, cache) is not None
-    rows = decoding.init_cache(CONFIG, 2, 16)
-    assert packed_decoding.begin(packed, CONFIG, rows) is None
-    with use("mosaic_gpu"):
-        assert packed_decoding.begin(packed, CONFIG, rows) is not None
+    for rows, served in ((2, True), (8, True), (9, False)):
+        cache = decoding.init_cache(CONFIG, rows, 16)
+        assert (packed_decoding.begin(packed, CONFIG, cache) is not None) == served
         assert packed_decoding.begin(packed, CONFIG, decoding.init_cache(CONFIG, 40, 16)) is None
     assert packed_decoding.begin(packed, replace(CONFIG, dtype="float32"), cache) is None
 
@@ -330,9 +328,6 @@ SIMULATED_ROWS = {
     "groups for each warp": (replace(SIZES, d_ff=2048, d_model=1024, n_layers=1), 24, (3, 20, 9, 0)),
     "chunks": (replace(SIZES, d_ff=512, n_layers=3, n_kv_heads=1), 2304, (1500, 3, 2303, 700)),
     "a ring": (replace(SIZES, d_ff=512, window=24, ring=True), 24, (5, 23, 24, 77)),
-    "eleven rows": (replace(SIZES, d_ff=1024), 24, (0, 1, 5, 20, 22, 3, 7, 3, 11, 9, 2)),
-    "two pools": (replace(SIZES, d_ff=512), 24, tuple(range(22)) + tuple(range(10))),
-    "four pools": (replace(SIZES, d_ff=512, n_layers=1, n_kv_heads=4), 24, (*range(22), *range(22), *range(20))),
 }
 
 
@@ -350,7 +345,6 @@ def check_rows(sizes, length, positions, jit):
     rng, rows = np.random.default_rng(1), len(positions)
     layers, norm, head = random_decoder(sizes)
     packed = pack(sizes, jax.tree.map(jnp.asarray, layers), jnp.asarray(norm), jax.tree.map(jnp.asarray, head))
-    blocks = tuple(map(jnp.asarray, head))
     xs = jnp.asarray(rng.standard_normal((2, rows, sizes.d_model)), jnp.bfloat16)
     angles = rng.uniform(0, 6, (2, rows, sizes.head_dim // 2)).astype(np.float32)
     shape = rows, sizes.n_kv_heads, length, sizes.head_dim
@@ -365,7 +359,7 @@ def check_rows(sizes, length, positions, jit):
         def step(x, positions, angles, caches, handover):
             return decode_step(
                 x, positions, jnp.cos(angles), jnp.sin(angles), packed, caches, handover, sizes=sizes,
-                head=blocks, implementation=name,
+                implementation=name,
             )  # fmt: skip
 
         run, logits = jax.jit(step) if jit else step, []
@@ -384,10 +378,11 @@ def check_rows(sizes, length, positions, jit):
             assert relative_error(found[step, row], expected[step, row]) < 2e-2, (step, row)
     for pair, right_pair in zip(new, right, strict=True):
         for cache, right_cache in zip(pair, right_pair, strict=True):
+            cache, right_cache = np.asarray(cache, np.float64), np.asarray(right_cache, np.float64)
             for row, position in enumerate(positions):
                 slots = [(position + i) % length if sizes.ring else position + i for i in range(2)]
                 for slot in (slot for slot in slots if slot < length):
-                    assert relative_error(cache[row, :, slot], np.asarray(right_cache[row, :, slot], np.float64)) < 2e-2
+                    assert relative_error(cache[row, :, slot], right_cache[row, :, slot]) < 2e-2
 
 
 # Both models' shapes, with fewer layers and tokens.
@@ -407,7 +402,7 @@ def test_the_kernel_is_right(name, position):
 
 
 @pytest.mark.parametrize("positions", [
-    (0, 300), (1100, 3, 255, 256, 511, 0, 700, 129), tuple(range(0, 1100, 100)), tuple(range(0, 1100, 17))[:64],
+    (0, 300), (7, 40, 260), (1100, 3, 255, 256, 511, 0, 700, 129),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", KERNEL_SIZES)
 def test_the_kernel_of_rows_is_right(name, positions):

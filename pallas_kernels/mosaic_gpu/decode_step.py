@@ -15,13 +15,11 @@ import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_step import ROWS, DecoderSizes, Handover, PackedWeights, Pools, check
+from pallas_kernels.decode_step import ROWS, DecoderSizes, Handover, PackedWeights, check
 from pallas_kernels.mosaic_gpu import materialised, processors
 from pallas_kernels.mosaic_gpu.decode_step_frame import Config, Frame
 from pallas_kernels.mosaic_gpu.decode_step_row import RowKernel
 from pallas_kernels.mosaic_gpu.decode_step_rows import RowsKernel, input_words
-from pallas_kernels.quant_matmul import quant_matmul
-from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.tuning import choose
 
 
@@ -65,9 +63,7 @@ def kernel_for(sizes: DecoderSizes, length: int, rows: int) -> Frame:
     config = configure(sizes)
     if rows > ROWS:
         raise NotImplementedError(f"at most {ROWS} rows, not {rows}")
-    if rows == 1:
-        return RowKernel(sizes, config, length)
-    return RowsKernel(sizes, dataclasses.replace(config, blocks=config.blocks // Pools.of(rows).number), length, rows)
+    return RowKernel(sizes, config, length) if rows == 1 else RowsKernel(sizes, config, length, rows)
 
 
 def decode_step(
@@ -79,7 +75,6 @@ def decode_step(
     caches: Sequence[tuple[jax.Array, jax.Array]],
     handover: Handover,
     sizes: DecoderSizes,
-    head: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]], Handover]:
     """The op; see `pallas_kernels.decode_step`.
 
@@ -90,23 +85,19 @@ def decode_step(
         raise NotImplementedError(f"bfloat16 only, not {x.dtype} and a cache of {caches[0][0].dtype}")
     if 2 * cos.shape[1] != sizes.head_dim:
         raise NotImplementedError(f"all of a head rotated, not {2 * cos.shape[1]} of {sizes.head_dim}")
-    rows, columns = len(x), sizes.vocab_size
+    rows = len(x)
     kernel = kernel_for(sizes, caches[0][0].shape[2], rows)
-    config, pools = kernel.config, kernel.pools
+    config = kernel.config
     given = x.astype(jnp.float32) if rows == 1 else input_words(x, handover.step, sizes)
-    if pools > 1:
-        columns = sizes.d_model
-        if head is None:
-            raise NotImplementedError(f"{rows} rows without the head as it was before it was packed")
 
     def body(*refs: Any) -> None:
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(lambda _, *inner: kernel.emit(*inner))(*refs)
 
     run = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((rows, columns), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((rows, sizes.vocab_size), jnp.float32),
         scratch_types=[plgpu.SMEM((kernel.shared_bytes,), jnp.int8)],
-        grid=(config.blocks * pools,),
+        grid=(config.blocks,),
         grid_names=("block",),
         num_threads=config.teams * 2 + 1,
         thread_name="warpgroup",
@@ -125,7 +116,4 @@ def decode_step(
     arrays = [array for layer in caches for array in layer]
     inputs = materialised((positions, handover.step, given, jnp.stack([cos, sin], axis=1), *weights))
     logits, arrays, words = step(*inputs, arrays, handover.words)
-    if head is not None and pools > 1:
-        hidden = rms_norm(logits.astype(x.dtype), weights.norm, sizes.eps)
-        logits = quant_matmul(hidden, head, out_dtype=jnp.float32)
     return logits, list(zip(arrays[::2], arrays[1::2], strict=True)), Handover(words, handover.step + 1)

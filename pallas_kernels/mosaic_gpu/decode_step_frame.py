@@ -69,9 +69,7 @@ def _stages(sizes: DecoderSizes) -> tuple[Stage, ...]:
 class Frame:
     """Emits a kernel's code. Methods run in all threads of the multiplying warps unless they say otherwise."""
 
-    rows = 1  # of the batch, or of a pool's part of it
-    pools = 1  # that the SMs are divided into
-    space_bytes = x_bytes = 0  # of a pool, where there are several
+    rows = 1
     row_bytes = 4  # of a partial sum of a row of weights
     finishers = GROUP_ROWS  # threads that see to a unit's results
     chunks: int  # the most that a head's keys are split into
@@ -131,14 +129,12 @@ class Frame:
         *caches, space, result, shared = refs[8:]
         m = self.model
         self.base = t.kept(t.shared_address(shared))
-        self.thread, self.block, self.pool = t.kept(t.thread_index()), t.block_index(), t.constant(0)
-        if self.pools > 1:
-            self.block, self.pool = self.block % self.config.blocks, self.block // self.config.blocks
+        self.thread, self.block = t.kept(t.thread_index()), t.block_index()
         self.warp, self.lane = self.thread >> 5, self.thread & 31
-        self.weights, self.space = t.global_address(weights.layers), self._of_pool(space, self.space_bytes)
-        self.vectors, self.result = t.global_address(weights.vectors), self._of_pool(result, 4 * m.d_model * self.rows)
+        self.weights, self.space = t.global_address(weights.layers), t.global_address(space)
+        self.vectors, self.result = t.global_address(weights.vectors), t.global_address(result)
         self.norm, self.head = t.global_address(weights.norm), t.global_address(weights.head)
-        self._take_positions(self._of_pool(position, 4 * self.rows))
+        self._take_positions(t.global_address(position))
         self.first_tag = t.load_global(t.global_address(step))[0] * m.n_layers + 1
         full, empty = self.base + self.barriers, self.base + self.barriers + 512
         with t.when(self.thread.equals(0)):
@@ -146,10 +142,9 @@ class Frame:
                 t.init_barrier(full + 8 * slot, 1)
                 t.init_barrier(empty + 8 * slot, SLOT_GROUPS)
             t.ptx("fence.mbarrier_init.release.cluster;")
-            cache_bytes = 2 * self.rows * m.n_kv_heads * self.length * m.head_dim
             for i, cache in enumerate(caches):
-                t.ptx("st.shared.b64 [$0], $1;", self.base + (self.pointers + 8 * i), self._of_pool(cache, cache_bytes))
-        angles = self._of_pool(angles, 4 * m.head_dim * self.rows)
+                t.ptx("st.shared.b64 [$0], $1;", self.base + (self.pointers + 8 * i), t.global_address(cache))
+        angles = t.global_address(angles)
 
         def take_angle(index: Scalar) -> None:
             t.store_shared(self.base + self.angles + index * 4, *t.load_global(angles + (index * 4).wide()))
@@ -168,12 +163,7 @@ class Frame:
         with t.when(self.thread < self.threads):
             t.set_registers("inc", own)
             self.full, self.empty = full, empty
-            self._consume(self._of_pool(x, self.x_bytes))
-
-    def _of_pool(self, array: Any, size: int) -> Scalar:
-        """The address of the pool's part of an array, of which each pool has so many bytes."""
-        address = t.global_address(array)
-        return address if self.pools == 1 else address + (self.pool * size).wide()
+            self._consume(t.global_address(x))
 
     # What the kernels for one row and for few do their own way.
 
@@ -255,7 +245,7 @@ class Frame:
                     t.wait(empty + place * 8, (lap & 1) ^ 1)
                     t.arrive_expecting(barrier, size)
                     target = self.base + self.ring + place * SLOT_BYTES
-                    t.copy_to_shared(target, source + i.wide() * GROUP_BYTES, size, barrier, again=self.pools > 1)
+                    t.copy_to_shared(target, source + i.wide() * GROUP_BYTES, size, barrier)
                     return (count + 1,)
 
                 return t.loop(0, total, SLOT_GROUPS, [count], slot)[0]
@@ -270,8 +260,7 @@ class Frame:
             return turn, count
 
         turn, count = t.loop(0, model.n_layers, 1, [self.block, t.constant(0)], layer)
-        if self.pools == 1:
-            stream(self.logits, self.head, turn, count)
+        stream(self.logits, self.head, turn, count)
 
     def _each(self, items: int, body: Callable[[Scalar], None]) -> None:
         """Run body(index) for each item; threads beyond the last run nothing."""

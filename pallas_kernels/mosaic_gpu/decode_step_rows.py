@@ -6,9 +6,6 @@ Products. A group of 16 rows of weights and 128 inputs is the left operand of m1
 columns. Weights become bfloat16 on the way, exactly, and activations are bfloat16 in shared memory. A warp adds
 up the groups of a unit that it meets.
 
-Pools. More than 8 rows are divided into sixteens, and the SMs into as many pools, each of which takes its rows through
-all layers by itself. What pools share are the weights, which all but the first of them to read some find in L2.
-
 Handing on. A feature's results are float16, one a row. Every 32-bit word of them carries two bits that
 number the layer, in place of the lowest bit of each half, so that a reader knows each word by itself: what lay there
 before is from two layers ago, or from none. All words are written in every layer, by those who have nothing to say too.
@@ -25,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.decode_step import DOWN_SPLIT, GROUP_INPUTS, GROUP_ROWS, DecoderSizes, HandoverOfRows, Pools
+from pallas_kernels.decode_step import DOWN_SPLIT, GROUP_INPUTS, GROUP_ROWS, ROWS, DecoderSizes, HandoverOfRows
 from pallas_kernels.mosaic_gpu import threads as t
 from pallas_kernels.mosaic_gpu.decode_step_frame import (
     GROUP_BYTES,
@@ -43,6 +40,7 @@ from pallas_kernels.mosaic_gpu.threads import Scalar
 
 MARKS = 0x00010001  # the bits of a word that number layers
 POLLED = 4  # pairs of features that a thread asks for at a time, or pieces of a head's output
+FEATURE = 2 * ROWS  # bytes of a feature's results
 ADDED = 4  # partial sums that are added up in a turn of a loop: long code is slow, as it is read anew in each layer
 
 
@@ -53,27 +51,21 @@ def marks(tag: Any) -> Any:
 
 
 def input_words(x: jax.Array, step: jax.Array, sizes: DecoderSizes) -> jax.Array:
-    """x [B, D] as the layer before the first would hand it on, int32 [pools, 2, D, rows / 2]: all in the first part."""
-    number, width = Pools.of(len(x))
-    rows = jnp.pad(x.astype(jnp.float32) / SCALE, ((0, number * width - len(x)), (0, 0)))
-    features = rows.astype(jnp.float16).reshape(number, width, -1).swapaxes(1, 2)
-    words = lax.bitcast_convert_type(features.reshape(*features.shape[:2], width // 2, 2), jnp.int32) & ~MARKS
-    return jnp.stack([words, jnp.zeros_like(words)], axis=1) | marks(step[0] * sizes.n_layers)
+    """x [B, D] as the layer before the first would hand it on, int32 [2, D, ROWS / 2]: all in the first part."""
+    rows = jnp.pad(x.astype(jnp.float32) / SCALE, ((0, ROWS - len(x)), (0, 0)))
+    features = rows.astype(jnp.float16).T.reshape(-1, ROWS // 2, 2)
+    words = lax.bitcast_convert_type(features, jnp.int32) & ~MARKS
+    return jnp.stack([words, jnp.zeros_like(words)]) | marks(step[0] * sizes.n_layers)
 
 
 class RowsKernel(Frame):
-    """Emits the kernel's code; see `Frame`. `config.blocks` are those of a pool."""
+    """Emits the kernel's code; see `Frame`."""
 
     def __init__(self, sizes: DecoderSizes, config: Config, length: int, rows: int) -> None:
-        self.pools, self.width = pools = Pools.of(rows)
-        if not pools.take(rows):
-            raise NotImplementedError(f"{rows} rows: no multiple of {self.width}")
-        self.rows, self.chunks = min(rows, self.width), sizes.chunks_of(rows)
-        self.feature, self.quads = 2 * self.width, self.width // 4  # bytes of a feature's results; fours of rows
-        self.row_bytes, self.finishers = 4 * self.width, self.quads * GROUP_ROWS
+        self.rows, self.chunks = rows, sizes.chunks_of(rows)
+        self.row_bytes, self.finishers = 4 * ROWS, ROWS // 4 * GROUP_ROWS
         super().__init__(sizes, config, length)
         self.places = HandoverOfRows.of(sizes, rows)
-        self.space_bytes, self.x_bytes = 2 * self.places.total, DOWN_SPLIT * sizes.d_model * self.feature
         self.pairs = self.rows * sizes.n_kv_heads  # of a row and a key head
 
     def _at_once(self, stage: Stage) -> int:
@@ -121,10 +113,10 @@ class RowsKernel(Frame):
         m = self.model
         width = max(m.d_model, m.n_heads * m.head_dim, m.d_ff // DOWN_SPLIT)
         self.stride = 2 * width + 64  # of a row: lanes of a warp hit different banks
-        self.activations = take(self.width * self.stride)
-        self.squares = take(4 * self.warps * self.width)
-        self.positions = take(4 * self.width)
-        self.weights_of_chunks = take(4 * self.chunks * self.width * m.n_heads)
+        self.activations = take(ROWS * self.stride)
+        self.squares = take(4 * self.warps * ROWS)
+        self.positions = take(4 * ROWS)
+        self.weights_of_chunks = take(4 * self.chunks * ROWS * m.n_heads)
 
     def _take_positions(self, positions: Scalar) -> None:
         with t.when(self.thread < self.rows):
@@ -178,11 +170,8 @@ class RowsKernel(Frame):
         turn, count = t.loop(0, m.n_layers, 1, [self.block, t.constant(0)], layer)
         tag = self.first_tag + (m.n_layers - 1)
         last = self.space + ((tag & 1) * places.total).wide() + places.down
-        if self.pools > 1:
-            self._leave(last, marks(tag))
-        else:
-            self._normal(last, DOWN_SPLIT, marks(tag), self.norm)
-            self._products_of(self.logits, turn, count, self._logits)
+        self._normal(last, DOWN_SPLIT, marks(tag), self.norm)
+        self._products_of(self.logits, turn, count, self._logits)
 
     def _products_of(
         self, stage: Stage, turn: Scalar, count: Scalar, begin: Callable[[Scalar], Callable[[Scalar, Scalar], None]]
@@ -191,17 +180,6 @@ class RowsKernel(Frame):
         return self._in_pieces(
             stage, self._share(stage, turn), count, lambda piece, count: self._multiply(stage, piece, count, begin)
         )
-
-    def _leave(self, source: Scalar, mark: Scalar) -> None:
-        """x as the result, float32 [rows, D]; each block leaves some features."""
-        d, threads = self.model.d_model, self.threads * self.config.blocks
-        for start in range(0, d // 2, threads):
-            index = self.block * self.threads + self.thread + start
-            near = t.minimum(index, d // 2 - 1)
-            ((a, b),) = self._take_pairs(source, [near], DOWN_SPLIT, mark)
-            with t.when(index < d // 2):
-                for row in range(self.rows):
-                    t.store_global(self.result + ((near * 2 + row * d) * 4).wide(), a[row] * SCALE, b[row] * SCALE)
 
     def _wait_for(self, places: Sequence[tuple[Scalar, int]], mark: Scalar) -> list[list[Scalar]]:
         """The words at each (address, number of words), two or four, once all carry the mark; without their marks."""
@@ -222,22 +200,20 @@ class RowsKernel(Frame):
         To look at all of them again and again would keep L2 from everything else.
         """
         last = t.minimum(self.thread + pairs // self.threads * self.threads, pairs - 1)
-        self._wait_for([(source + (last * (2 * self.feature)).wide(), 4)], mark)
+        self._wait_for([(source + (last * (2 * FEATURE)).wide(), 4)], mark)
 
     def _take_features(self, places: Sequence[Scalar], mark: Scalar) -> list[list[Scalar]]:
         """All rows' results of the feature at each address, once they are there."""
-        pieces = self.width // 8
-        words = self._wait_for([(place + 16 * piece, 4) for place in places for piece in range(pieces)], mark)
-        halves = [[half for word in four for half in t.unpack_halves(word)] for four in words]
-        return [[h for piece in halves[i : i + pieces] for h in piece] for i in range(0, len(halves), pieces)]
+        words = self._wait_for([(place, 4) for place in places], mark)
+        return [[half for word in four for half in t.unpack_halves(word)] for four in words]
 
     def _take_pairs(
         self, source: Scalar, indices: Sequence[Scalar], parts: int, mark: Scalar
     ) -> list[tuple[list[Scalar], list[Scalar]]]:
         """All rows' results of the features 2 i and 2 i + 1, for each of `indices`, the sums of so many parts of x."""
-        distance = self.model.d_model * self.feature
+        distance = self.model.d_model * FEATURE
         places = [
-            source + ((2 * index + f) * self.feature + part * distance).wide()
+            source + ((2 * index + f) * FEATURE + part * distance).wide()
             for index in indices for f in range(2) for part in range(parts)
         ]  # fmt: skip
         found = self._take_features(places, mark)
@@ -275,8 +251,8 @@ class RowsKernel(Frame):
         the result."""
         m = self.model
         pairs = m.d_model // 2
-        together = max(1, min(POLLED * 8 // self.width // parts, -(-pairs // self.threads)))
-        self._wait_for_features(source + (parts - 1) * m.d_model * self.feature, pairs, mark)
+        together = min(POLLED // parts, -(-pairs // self.threads))
+        self._wait_for_features(source + (parts - 1) * m.d_model * FEATURE, pairs, mark)
 
         def some(start: Scalar, *squares: Scalar) -> Sequence[Scalar]:
             own = [start + self.thread + turn * self.threads for turn in range(together)]
@@ -290,7 +266,7 @@ class RowsKernel(Frame):
                 )
             return squares
 
-        zeros = [t.constant(0.0, t.f32())] * self.width
+        zeros = [t.constant(0.0, t.f32())] * ROWS
         squares = t.loop(0, t.kept(t.constant(pairs)), together * self.threads, zeros, some, rolled=True)
         # Each exchange adds up two lanes' sums and leaves each with half of the rows, until a lane has one.
         distance = 16
@@ -303,21 +279,21 @@ class RowsKernel(Frame):
         (square,) = squares
         while distance:
             square, distance = square + t.shuffle_xor(square, distance), distance // 2
-        lanes = 32 // self.width  # of a row
+        lanes = 32 // ROWS  # of a row
         with t.when((self.lane % lanes).equals(0)):
-            place = (self.warp * self.width + self.lane // lanes) * 4
+            place = (self.warp * ROWS + self.lane // lanes) * 4
             t.store_shared(self.base + self.squares + place, square)
 
     def _activate_pair(self, index: Scalar, exists: Scalar, a: Sequence[Scalar], b: Sequence[Scalar]) -> None:
         """Store activations 2 index and the next one of all rows."""
         with t.when(exists):
             place = self.base + self.activations + index * 4
-            for row in range(self.width):
+            for row in range(ROWS):
                 t.store_shared(place, t.pack_bf16(a[row], b[row]), offset=row * self.stride)
 
     def _roots(self) -> list[Scalar]:
         """For this thread's rows SCALE / sqrt(mean(x^2) + eps), by which products with x over SCALE are multiplied."""
-        sums = self._added_up(self.base + self.squares + self._own()[1] * 4, self.warps, 4 * self.width)
+        sums = self._added_up(self.base + self.squares + self._own()[1] * 4, self.warps, 4 * ROWS)
         return [t.rsqrt(s * (SCALE**2 / self.model.d_model) + self.model.eps) * SCALE for s in sums]
 
     # Products.
@@ -330,7 +306,7 @@ class RowsKernel(Frame):
         return stage.groups >= self.warps
 
     def _no_sums(self) -> Sequence[Scalar]:
-        return [t.constant(0.0, t.f32())] * (self.width // 2)
+        return [t.constant(0.0, t.f32())] * (ROWS // 2)
 
     def _add_group(
         self, stage: Stage, place: Scalar, index: Scalar, exists: Scalar, unit: Scalar, group: Scalar, part: Scalar,
@@ -369,7 +345,7 @@ class RowsKernel(Frame):
                 )
                 operands.append([upper[0], lower[0], upper[1], lower[1]])
             scale = t.unpack_halves(scales[block])
-            for tile in range(self.width // 8):
+            for tile in range(ROWS // 8):
                 inputs = t.load_shared(x, 4, offset=64 * block + 8 * self.stride * tile)
                 product = t.mma(operands[0], inputs[:2], [zero] * 4, "bf16")
                 product = t.mma(operands[1], inputs[2:], product, "bf16")
@@ -413,7 +389,7 @@ class RowsKernel(Frame):
 
     def _feature_place(self, feature: Scalar) -> Scalar:
         """Where this thread's rows' results of a feature are among the features', in bytes."""
-        return feature * self.feature + self._own()[1] * 2
+        return feature * FEATURE + self._own()[1] * 2
 
     def _qkv(self, unit: Scalar, bias: Scalar) -> Callable[[Scalar, Scalar], None]:
         m = self.model
@@ -447,7 +423,7 @@ class RowsKernel(Frame):
     def _out(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
         """x with attention's part added."""
         at = self._feature_place(unit * GROUP_ROWS + self._own()[0])
-        size = self.model.d_model * self.feature
+        size = self.model.d_model * FEATURE
         parts = [self._seen(self.before + (at + part * size).wide()) for part in range(DOWN_SPLIT)]
 
         def finish(place: Scalar, valid: Scalar) -> None:
@@ -468,7 +444,7 @@ class RowsKernel(Frame):
             sums = self._feature(place, self.stages[3])
             values = [a + t.select(part.equals(0), b, 0.0) for a, b in zip(sums, old, strict=True)]
             with t.when(valid):
-                self._hand_on(at + part * (self.model.d_model * self.feature) + self.places.down, values)
+                self._hand_on(at + part * (self.model.d_model * FEATURE) + self.places.down, values)
 
         return finish
 
@@ -487,8 +463,8 @@ class RowsKernel(Frame):
     def _hidden(self, source: Scalar, part: Scalar) -> None:
         """One part of the hidden features as activations."""
         pairs = self.model.d_ff // 2 // DOWN_SPLIT
-        together = min(POLLED * 8 // self.width, -(-pairs // self.threads))
-        base = source + (part * (pairs * 2 * self.feature)).wide()
+        together = min(POLLED, -(-pairs // self.threads))
+        base = source + (part * (pairs * 2 * FEATURE)).wide()
         self._wait_for_features(base, pairs, self.mark)
 
         def some(start: Scalar) -> Sequence[Scalar]:
@@ -538,7 +514,7 @@ class RowsKernel(Frame):
         m = self.model
         each = m.head_dim // 2
         pairs = (self.group + 2) * each
-        odd, which = (row & 1).differs(0), row % 8 >> 1
+        odd, which = (row & 1).differs(0), row >> 1
         indices = [self.thread + start for start in range(0, pairs, self.threads)]
         near = [t.minimum(index, pairs - 1) for index in indices]
         places = []
@@ -546,8 +522,8 @@ class RowsKernel(Frame):
             own, pair = index // each, index % each
             new = m.n_heads + (own - self.group) * m.n_kv_heads
             source = t.select(own < self.group, head * self.group + own, new + head)
-            place = self.here + ((source * each + pair) * (2 * self.feature) + row // 8 * 16).wide() + self.places.qkv
-            places += [(place, 4), (place + self.feature, 4)]
+            place = self.here + ((source * each + pair) * (2 * FEATURE)).wide() + self.places.qkv
+            places += [(place, 4), (place + FEATURE, 4)]
         halves = []
         for words in self._wait_for(places, self.mark):
             word = t.select(which < 2, t.select(which.equals(0), words[0], words[1]),
@@ -586,7 +562,7 @@ class RowsKernel(Frame):
 
         zero = t.constant(0.0, t.f32())
         log, *values = t.either(exists, combined, [t.constant(MASKED, t.f32()), *[zero] * 4])
-        place = (chunk * self.width + row) * m.n_heads + head * self.group + query
+        place = (chunk * ROWS + row) * m.n_heads + head * self.group + query
         self._hand_on((place * each + four) * 8 + self.places.attention, values)
         with t.when(four.equals(0)):
             address = self.here + (place * 8 + self.places.weights).wide()
@@ -607,7 +583,7 @@ class RowsKernel(Frame):
             near = [t.minimum(index, items - 1) for index in own]
 
             def add(chunk: Scalar, *sums: Scalar) -> Sequence[Scalar]:
-                first = chunk * (self.width * m.n_heads)
+                first = chunk * (ROWS * m.n_heads)
                 places = [(source + ((first * each + index) * 16 + self.places.attention).wide(), 4) for index in near]
                 new = []
                 for i, words in enumerate(self._wait_for(places, self.mark)):
@@ -639,12 +615,11 @@ class RowsKernel(Frame):
             place = t.minimum(start + self.thread, heads - 1)
 
             def look(i: Scalar, top: Scalar, total: Scalar) -> Sequence[Scalar]:
-                own = [
-                    t.minimum(i + n, self.chunks - 1) * (self.width * self.model.n_heads) + place for n in range(MERGED)
-                ]
+                own = [t.minimum(i + n, self.chunks - 1) * (ROWS * self.model.n_heads) + place for n in range(MERGED)]
                 logs = self._wait_for_logs([source + (at * 8 + self.places.weights).wide() for at in own])
-                for at, log in zip(own, logs, strict=True):
-                    t.store_shared(mine + at * 4, log)
+                with t.when(start + self.thread < heads):  # others have the last output, which is being weighed already
+                    for at, log in zip(own, logs, strict=True):
+                        t.store_shared(mine + at * 4, log)
                 known = [t.select(i + n < self.chunks, log, MASKED) for n, log in enumerate(logs)]
                 new_top = functools.reduce(t.maximum, known, top)
                 shares = [t.exp2(log - new_top) for log in known]
@@ -655,11 +630,11 @@ class RowsKernel(Frame):
             norm = t.reciprocal(total)
 
             def weigh(chunk: Scalar) -> Sequence[Scalar]:
-                at = mine + (chunk * (self.width * self.model.n_heads) + place) * 4
+                at = mine + (chunk * (ROWS * self.model.n_heads) + place) * 4
                 t.store_shared(at, t.exp2(t.load_shared(at)[0].float() - top) * norm)
                 return ()
 
-            with t.when(start + self.thread < heads):  # others would weigh the last output's again
+            with t.when(start + self.thread < heads):
                 t.loop(0, self.most_chunks, 1, [], weigh, rolled=True)
             return ()
 

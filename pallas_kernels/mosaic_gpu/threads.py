@@ -366,15 +366,11 @@ def wait(address: Scalar, parity: Scalar) -> None:
     )
 
 
-def copy_to_shared(target: Scalar, source: Scalar, bytes_: Scalar, barrier: Scalar, again: bool = False) -> None:
-    """Start a bulk copy from global memory, whose bytes `barrier` counts; `again`: others will read the same."""
-    copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-    if again:
-        ptx(f"{copy} [$0], [$1], $2, [$3];", target, source, bytes_, barrier)
-        return
+def copy_to_shared(target: Scalar, source: Scalar, bytes_: Scalar, barrier: Scalar) -> None:
+    """Start a bulk copy from global memory, whose bytes `barrier` counts, of what nobody will read again soon."""
     policy = "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
-    hinted = f"{copy}.L2::cache_hint [$0], [$1], $2, [$3], policy;"
-    ptx(f"{{ .reg .b64 policy; {policy} {hinted} }}", target, source, bytes_, barrier)
+    copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+    ptx(f"{{ .reg .b64 policy; {policy} {copy} [$0], [$1], $2, [$3], policy; }}", target, source, bytes_, barrier)
 
 
 def start_copy(target: Scalar, source: Scalar) -> None:
