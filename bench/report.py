@@ -19,6 +19,7 @@ from typing import Any
 from bench import common
 from orcd_jax.config import ModelConfig
 from orcd_jax.device import PEAK_BANDWIDTH
+from orcd_jax.profile import COMPONENTS
 
 Result = dict[str, Any]
 
@@ -223,6 +224,8 @@ def breakdown(result: Result) -> str:
         found = result[phase]
         rows = []
         for row in found["components"]:
+            if not row["seconds"]:
+                continue
             cells = [
                 row["name"],
                 f"{row['seconds'] * 1e3:.3f}",
@@ -409,10 +412,11 @@ def plots(results: list[Result], folder: Path) -> None:
         bars = [(f"{r['model']}, {r['weights']}\n{r['device'][:24]}, {phase}", r[phase])
                 for r in broken_down for phase in ("prefill", "decode") if phase in r]  # fmt: skip
         left = [0.0] * len(bars)
-        for index, component in enumerate(bars[0][1]["components"]):
-            widths = [found["components"][index]["seconds"] / found["traced_s"] for _, found in bars]
-            colour = {"rest": "lightgrey", "gaps": "whitesmoke"}.get(component["name"], f"C{index}")
-            axes.barh([label for label, _ in bars], widths, left=left, label=component["name"], color=colour)
+        for index, name in enumerate(COMPONENTS):
+            seconds = [{row["name"]: row["seconds"] for row in found["components"]} for _, found in bars]
+            widths = [row.get(name, 0.0) / found["traced_s"] for row, (_, found) in zip(seconds, bars, strict=True)]
+            colour = {"rest": "lightgrey", "gaps": "whitesmoke"}.get(name, f"C{index}")
+            axes.barh([label for label, _ in bars], widths, left=left, label=name, color=colour)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes.legend(fontsize=7, ncol=4, loc="lower center", bbox_to_anchor=(0.5, -0.45))
         common.save(axes, folder / "components.png")

@@ -42,6 +42,7 @@ _SCOPES = {
     "attention": "output projection",
     "swiglu": "SwiGLU",
     "head": "head",
+    "decode_step": "layers and head in one",
     "sampling": "sampling",
 }
 COMPONENTS = (*dict.fromkeys(_SCOPES.values()), "rest", "gaps")
@@ -229,7 +230,7 @@ def component_work(config: ModelConfig, weights: Any, batch: int, held: int, tok
     positions = rows * held + batch * tokens * (tokens + 1) // 2
     if config.sliding_window is not None:
         positions = min(positions, rows * config.sliding_window)
-    return {
+    work = {
         "embedding": (rows * array_bytes((1, config.d_model), weights), 0),
         "q, k, v projection": matrices(("attention", "qkv")),
         "cache write": (rows * config.cache_bytes(1, 1), 0),
@@ -240,6 +241,8 @@ def component_work(config: ModelConfig, weights: Any, batch: int, held: int, tok
         "SwiGLU": matrices(("swiglu", "gate_up"), ("swiglu", "down")),
         "head": (array_bytes(table, weights), 2 * batch * math.prod(table)),
     }  # fmt: skip
+    parts = [of for name, of in work.items() if name != "embedding"]
+    return work | {"layers and head in one": (sum(read for read, _ in parts), sum(flops for _, flops in parts))}
 
 
 def traced_shares(run: Callable[[], Any], program: Program) -> tuple[dict[str | None, float], float]:

@@ -43,6 +43,7 @@ ENTRY %main (a: f32[4], b: f32[8,4]) -> f32[4] {{
         (f"{OP}/attention/attention/qkv_rope/rope/concatenate", "RoPE"),
         (f"{OP}/attention/attention/quant_matmul/dot_general", "output projection"),
         ("jit(decode)/Decoder.head/head/quant_matmul/dot_general", "head"),
+        ("jit(decode)/while/body/decode_step/mpmd_map", "layers and head in one"),
         ("jit(decode)/while/body/add", "rest"),
         ("", "rest"),
     ],
