@@ -52,10 +52,10 @@ def pack(params: Params, config: ModelConfig) -> Params:
     matrices += [params[f"layer_{i}"][m][k] for i in range(config.n_layers) for m, k in _MATRICES]
     if not on_hopper() or not all(isinstance(matrix, QuantizedArray) for matrix in matrices):
         return params
-    from pallas_kernels.mosaic_gpu.decode_step import configure  # only where Pallas has what it needs
+    from pallas_kernels.mosaic_gpu.decode_step import blocks_for  # only where Pallas has what it needs
 
     try:
-        configure(sizes(config))
+        blocks_for(sizes(config))
     except NotImplementedError:
         return params
     return {**params, PACKED: _packed(params, config)}

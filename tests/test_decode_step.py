@@ -261,8 +261,6 @@ def simulated(monkeypatch):
         pytest.skip("needs jax 0.11.2 or newer, whose Mosaic GPU can inline PTX")
     from pallas_kernels.mosaic_gpu import decode_step_frame
 
-    config = kernels.Config(blocks=8, teams=2)
-
     def kernel(body, *, out_type, scratch_types, grid, num_threads, **_):
         (shared,) = scratch_types
 
@@ -283,7 +281,7 @@ def simulated(monkeypatch):
     monkeypatch.setattr(kernels.plgpu, "kernel", kernel)
     monkeypatch.setattr(kernels.plgpu, "inline_mgpu", lambda arg_types: lambda f: lambda *refs: f(None, *refs))
     monkeypatch.setattr(jax.custom_batching, "sequential_vmap", lambda f: f)  # it traces, and simt wants numbers
-    monkeypatch.setattr(kernels, "heuristic", lambda: config)
+    monkeypatch.setattr(kernels, "processors", lambda: 8)
     monkeypatch.setattr(decode_step_frame, "SHARED_BYTES", 1 << 19)
 
 
@@ -336,7 +334,7 @@ def test_the_kernel_s_threads_compute_a_step_of_rows(simulated, monkeypatch, cas
     sizes, length, positions = SIMULATED_ROWS[case]
     if sizes.d_model == 1024:
         kernels = pytest.importorskip("pallas_kernels.mosaic_gpu.decode_step")
-        monkeypatch.setattr(kernels, "heuristic", lambda: kernels.Config(blocks=64, teams=1))
+        monkeypatch.setattr(kernels, "processors", lambda: 64)
     check_rows(sizes, length, positions, jit=False)
 
 

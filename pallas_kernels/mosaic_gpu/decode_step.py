@@ -6,8 +6,7 @@ for few.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,31 +16,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_step import ROWS, DecoderSizes, Handover, PackedWeights, check
 from pallas_kernels.mosaic_gpu import materialised, processors
-from pallas_kernels.mosaic_gpu.decode_step_frame import Config, Frame
+from pallas_kernels.mosaic_gpu.decode_step_frame import WARPS, Frame
 from pallas_kernels.mosaic_gpu.decode_step_row import RowKernel
 from pallas_kernels.mosaic_gpu.decode_step_rows import RowsKernel, input_words
-from pallas_kernels.tuning import choose
 
 
-def heuristic() -> Config:
-    """One block for each SM."""
-    return Config(blocks=processors(), teams=1)
-
-
-def search_space() -> Iterable[Config]:
-    """Configurations worth measuring."""
-    return (dataclasses.replace(heuristic(), teams=teams) for teams in (1, 2, 3))
-
-
-def configure(sizes: DecoderSizes) -> Config:
-    """The configuration for a decoder.
+def blocks_for(sizes: DecoderSizes) -> int:
+    """The kernel's blocks for a decoder, one for each SM.
 
     Raises:
       NotImplementedError: if the kernel cannot run it.
     """
     check(sizes)
-    config = choose("decode_step", f"{sizes.d_model}x{sizes.d_ff}", heuristic(), search_space)
-    blocks = config.blocks
+    blocks = processors()
     if sizes.n_heads > 8 * sizes.n_kv_heads:
         raise NotImplementedError(
             f"at most 8 query heads for each key head, not {sizes.n_heads} for {sizes.n_kv_heads}"
@@ -50,8 +37,8 @@ def configure(sizes: DecoderSizes) -> Config:
         raise NotImplementedError(f"more key heads ({sizes.n_kv_heads}) than SMs ({blocks})")
     if sizes.d_ff // 8 < blocks:  # then blocks could be layers apart
         raise NotImplementedError(f"d_ff {sizes.d_ff} does not give each of {blocks} SMs work in every layer")
-    RowKernel(sizes, config, 1)  # raises if its shared memory or its threads do not suffice
-    return config
+    RowKernel(sizes, blocks, 1)  # raises if its shared memory does not suffice
+    return blocks
 
 
 def kernel_for(sizes: DecoderSizes, length: int, rows: int) -> Frame:
@@ -60,10 +47,10 @@ def kernel_for(sizes: DecoderSizes, length: int, rows: int) -> Frame:
     Raises:
       NotImplementedError: if there is none.
     """
-    config = configure(sizes)
+    blocks = blocks_for(sizes)
     if rows > ROWS:
         raise NotImplementedError(f"at most {ROWS} rows, not {rows}")
-    return RowKernel(sizes, config, length) if rows == 1 else RowsKernel(sizes, config, length, rows)
+    return RowKernel(sizes, blocks, length) if rows == 1 else RowsKernel(sizes, blocks, length, rows)
 
 
 def decode_step(
@@ -87,7 +74,6 @@ def decode_step(
         raise NotImplementedError(f"all of a head rotated, not {2 * cos.shape[1]} of {sizes.head_dim}")
     rows = len(x)
     kernel = kernel_for(sizes, caches[0][0].shape[2], rows)
-    config = kernel.config
     given = x.astype(jnp.float32) if rows == 1 else input_words(x, handover.step, sizes)
 
     def body(*refs: Any) -> None:
@@ -97,9 +83,9 @@ def decode_step(
         body,
         out_type=jax.ShapeDtypeStruct((rows, sizes.vocab_size), jnp.float32),
         scratch_types=[plgpu.SMEM((kernel.shared_bytes,), jnp.int8)],
-        grid=(config.blocks,),
+        grid=(kernel.blocks,),
         grid_names=("block",),
-        num_threads=config.teams * 2 + 1,
+        num_threads=WARPS // 4 + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=mgpu.LoweringSemantics.Lane),
         kernel_name="decode_step",

@@ -27,7 +27,7 @@ from pallas_kernels.decode_step import DOWN_SPLIT, GROUP_BYTES, GROUP_INPUTS, GR
 from pallas_kernels.mosaic_gpu import threads as t
 from pallas_kernels.mosaic_gpu.threads import Scalar
 
-SLOT_GROUPS = 8  # of a slot of the ring: one for each warp of a team
+SLOT_GROUPS = WARPS = 8  # of a slot of the ring: one for each warp that multiplies
 SLOT_BYTES = SLOT_GROUPS * GROUP_BYTES
 KEYS = 16  # that a warp attends to at a time
 MERGED = 4  # chunks of keys whose outputs are merged at a time
@@ -37,14 +37,6 @@ SCALE = 16.0  # results are handed on as float16 of their value over this, or as
 SHARED_BYTES = 227 * 1024 - 1024
 MASKED = -1e30
 _LOG2E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class Config:
-    """How the kernel is laid out on the device."""
-
-    blocks: int  # one an SM, all at once on the device
-    teams: int  # of eight warps that multiply
 
 
 @dataclass(frozen=True)
@@ -77,10 +69,9 @@ class Frame:
     keys: Scalar  # the layer's, in the cache
     values: Scalar
 
-    def __init__(self, sizes: DecoderSizes, config: Config, length: int) -> None:
-        self.model, self.config, self.length = sizes, config, length
-        self.warps = SLOT_GROUPS * config.teams
-        self.threads = 32 * self.warps
+    def __init__(self, sizes: DecoderSizes, blocks: int, length: int) -> None:
+        self.model, self.blocks, self.length = sizes, blocks, length
+        self.threads = 32 * WARPS
         self.group = sizes.n_heads // sizes.n_kv_heads
         self.stages = _stages(sizes)
         self.layer_groups = sum(s.units * s.groups for s in self.stages)
@@ -101,9 +92,9 @@ class Frame:
         most = max(self._at_once(stage) * self._partials(stage) for stage in (*self.stages, self.logits))
         self.partial = take(GROUP_ROWS * self.row_bytes * most)
         self.row_words = m.head_dim + 4  # of a head's output in shared memory, padded
-        self.outputs = take(4 * self.warps * self.group * self.row_words)
-        self.maxima = take(4 * self.warps * 8)
-        self.sums = take(4 * self.warps * 8)
+        self.outputs = take(4 * WARPS * self.group * self.row_words)
+        self.maxima = take(4 * WARPS * 8)
+        self.sums = take(4 * WARPS * 8)
         self._lay_out_activations(take)
         self.queries = take(2 * 8 * m.head_dim)
         self.new_key = take(2 * m.head_dim)
@@ -189,7 +180,7 @@ class Frame:
 
     def _most_units(self, stage: Stage) -> int:
         """The most units of a block's share."""
-        return -(-stage.units // self.config.blocks)
+        return -(-stage.units // self.blocks)
 
     def _in_pieces(
         self, stage: Stage, share: tuple[Scalar, Scalar], count: Scalar,
@@ -219,12 +210,12 @@ class Frame:
     def _share(self, stage: Stage, turn: Scalar) -> tuple[Scalar, Scalar]:
         """The first of a block's units and their number; `turn` is the block's place, which moves from stage to stage
         so that all blocks get the same in the long run."""
-        each, rest = divmod(stage.units, self.config.blocks)
+        each, rest = divmod(stage.units, self.blocks)
         return turn * each + t.minimum(turn, rest), t.select(turn < rest, t.constant(each + 1), each)
 
     def _next(self, stage: Stage, turn: Scalar) -> Scalar:
         """The block's place in the stage after `stage`."""
-        blocks = self.config.blocks
+        blocks = self.blocks
         moved = turn + (blocks - stage.units % blocks)
         return t.select(moved < blocks, moved, moved - blocks)
 
@@ -326,23 +317,21 @@ class Frame:
         total = units * stage.groups
         t.synchronize(1, self.threads)
         with t.when(units.differs(0)):
-            team, member = self.warp >> 3, self.warp & 7
             unit = t.minimum(self.thread // self.finishers, units - 1)
             finish = begin(first + unit)
 
-            skipped, moved = divmod(SLOT_GROUPS * self.config.teams, stage.groups)
-            number, index = count + team, team * SLOT_GROUPS + member
-            place, parity = number % self.slots, number // self.slots & 1
+            skipped, moved = divmod(SLOT_GROUPS, stage.groups)
+            place, parity = count % self.slots, count // self.slots & 1
 
             def slot(i: Scalar, place: Scalar, parity: Scalar, unit: Scalar, part: Scalar, *sums: Scalar) -> Any:
                 t.wait(self.full + place * 8, parity)
                 offset = self._part(first + unit) * stage.groups if self._in_parts(stage) else 0
-                index = i * SLOT_GROUPS + member
+                index = i * SLOT_GROUPS + self.warp
                 sums = self._add_group(stage, place, index, index < total, unit, part, part + offset, sums)
                 t.synchronize_warp()
                 with t.when(self.lane.equals(0)):
                     t.arrive(self.empty + place * 8)
-                place, part = place + self.config.teams, part + moved
+                place, part = place + 1, part + moved
                 stays, same = place < self.slots, part < stage.groups
                 return (
                     t.select(stays, place, place - self.slots), t.select(stays, parity, parity ^ 1),
@@ -350,8 +339,8 @@ class Frame:
                     *sums,
                 )  # fmt: skip
 
-            state = [place, parity, index // stage.groups, index % stage.groups, *self._no_sums()]
-            t.loop(team, (total + (SLOT_GROUPS - 1)) >> 3, self.config.teams, state, slot)
+            state = [place, parity, self.warp // stage.groups, self.warp % stage.groups, *self._no_sums()]
+            t.loop(0, (total + (SLOT_GROUPS - 1)) >> 3, 1, state, slot)
             t.synchronize(1, self.threads)
             finishers = units * self.finishers
             with t.when(self.thread < ((finishers + 31) & ~31)):
@@ -367,7 +356,7 @@ class Frame:
 
     def _span(self) -> tuple[Scalar, Scalar, Scalar, Scalar]:
         """The first visible position; where the first chunk starts, passes over each chunk's keys, and chunks."""
-        window, keys = self.model.window, KEYS * self.warps
+        window, keys = self.model.window, KEYS * WARPS
         low = t.constant(0)
         if window is not None:
             low = t.select(self.position < window, t.constant(0), self.position - (window - 1))
@@ -383,7 +372,7 @@ class Frame:
 
         The keys and values lie `base` bytes into the layer's.
         """
-        m, keys = self.model, KEYS * self.warps
+        m, keys = self.model, KEYS * WARPS
         mine = start + self.warp * KEYS
         tiles = m.head_dim // 8
         zero, masked = t.constant(0.0, t.f32()), t.constant(MASKED, t.f32())

@@ -26,7 +26,7 @@ from pallas_kernels.mosaic_gpu.decode_step_frame import (
     PAUSE,
     SCALE,
     SLOT_BYTES,
-    Config,
+    WARPS,
     Frame,
     Stage,
 )
@@ -40,20 +40,20 @@ MAGIC_BITS = int(np.float32(MAGIC).view(np.int32))
 class RowKernel(Frame):
     """Emits the kernel's code; see `Frame`."""
 
-    def __init__(self, sizes: DecoderSizes, config: Config, length: int) -> None:
-        super().__init__(sizes, config, length)
+    def __init__(self, sizes: DecoderSizes, blocks: int, length: int) -> None:
+        super().__init__(sizes, blocks, length)
         most = max(map(self._at_once, self.stages))
         if most * self.finishers > self.threads:
             raise NotImplementedError(f"{most} tiles of 16 rows of a matrix for each SM")
         self.words = HandoverWords.of(sizes)
-        self.chunks = max(1, min(sizes.chunks, config.blocks // sizes.n_kv_heads))
+        self.chunks = max(1, min(sizes.chunks, blocks // sizes.n_kv_heads))
 
     def _lay_out_activations(self, take: Callable[[int], int]) -> None:
         m = self.model
         width = max(m.d_model, m.n_heads * m.head_dim, m.d_ff)
         self.activations = take(2 * width)
         self.levels = take(4 * width // GROUP_INPUTS)
-        self.squares = take(4 * self.warps)
+        self.squares = take(4 * WARPS)
 
     def _take_positions(self, positions: Scalar) -> None:
         self.position = t.load_global(positions)[0]
@@ -216,8 +216,8 @@ class RowKernel(Frame):
 
     def _dot(self, place: Scalar, part: Scalar, index: Scalar) -> None:
         """A warp's group: 16 rows' partial sums over inputs 128 part…, to partial sum `index`."""
-        member, blocks = self.warp & 7, range(GROUP_INPUTS // 32)
-        weights = self.base + self.ring + place * SLOT_BYTES + member * GROUP_BYTES
+        blocks = range(GROUP_INPUTS // 32)
+        weights = self.base + self.ring + place * SLOT_BYTES + self.warp * GROUP_BYTES
         mine = weights + self.lane * 16
         # The columns of the right operand are high, low, high, low, …: of the result only the first two are wanted.
         x = self.base + self.activations + part * (2 * GROUP_INPUTS) + (self.lane & 3) * 16
@@ -247,7 +247,7 @@ class RowKernel(Frame):
     def _root(self) -> Scalar:
         """1 / sqrt(mean(x^2) + eps)."""
         parts = []
-        for i in range(0, self.warps, 4):
+        for i in range(0, WARPS, 4):
             parts += [v.float() for v in t.load_shared(self.base + self.squares, 4, offset=4 * i)]
         return t.rsqrt(t.total(parts) * (1 / self.model.d_model) + self.model.eps)
 
@@ -336,11 +336,11 @@ class RowKernel(Frame):
         """One key head's chunk, in blocks that have one."""
         m = self.model
         low, start, passes, chunks = self.span
-        unit = (self.config.blocks - 1) - turn  # blocks without a unit of q|k|v first
+        unit = (self.blocks - 1) - turn  # blocks without a unit of q|k|v first
         with t.when(unit < chunks * m.n_kv_heads):
             head, chunk = unit % m.n_kv_heads, unit // m.n_kv_heads
             base = (head * self.length).wide() * (2 * m.head_dim)
-            start = start + chunk * passes * (KEYS * self.warps)
+            start = start + chunk * passes * (KEYS * WARPS)
             self._attend_chunk(base, start, passes, low, lambda: self._take_queries(head))
             self._each(self.group * m.head_dim // 2, lambda index: self._combine(index, head, chunk))
 
@@ -373,11 +373,11 @@ class RowKernel(Frame):
         each = m.head_dim // 2
         row, pair = index // each, index % each
         statistics = self.base + row * 4
-        tops = [t.load_shared(statistics, offset=self.maxima + 32 * w)[0].float() for w in range(self.warps)]
+        tops = [t.load_shared(statistics, offset=self.maxima + 32 * w)[0].float() for w in range(WARPS)]
         top = functools.reduce(t.maximum, tops)
         place = self.base + self.outputs + row * (4 * self.row_words) + pair * 8
         total = first = second = t.constant(0.0, t.f32())
-        for warp in range(self.warps):
+        for warp in range(WARPS):
             share = t.exp2(tops[warp] - top)
             part = t.load_shared(statistics, offset=self.sums + 32 * warp)[0].float()
             a, b = t.load_shared(place, 2, offset=warp * self.group * 4 * self.row_words)

@@ -32,7 +32,7 @@ from pallas_kernels.mosaic_gpu.decode_step_frame import (
     PAUSE,
     SCALE,
     SLOT_BYTES,
-    Config,
+    WARPS,
     Frame,
     Stage,
 )
@@ -61,10 +61,10 @@ def input_words(x: jax.Array, step: jax.Array, sizes: DecoderSizes) -> jax.Array
 class RowsKernel(Frame):
     """Emits the kernel's code; see `Frame`."""
 
-    def __init__(self, sizes: DecoderSizes, config: Config, length: int, rows: int) -> None:
+    def __init__(self, sizes: DecoderSizes, blocks: int, length: int, rows: int) -> None:
         self.rows, self.chunks = rows, sizes.chunks_of(rows)
         self.row_bytes, self.finishers = 4 * ROWS, ROWS // 4 * GROUP_ROWS
-        super().__init__(sizes, config, length)
+        super().__init__(sizes, blocks, length)
         self.places = HandoverOfRows.of(sizes, rows)
         self.pairs = self.rows * sizes.n_kv_heads  # of a row and a key head
 
@@ -114,7 +114,7 @@ class RowsKernel(Frame):
         width = max(m.d_model, m.n_heads * m.head_dim, m.d_ff // DOWN_SPLIT)
         self.stride = 2 * width + 64  # of a row: lanes of a warp hit different banks
         self.activations = take(ROWS * self.stride)
-        self.squares = take(4 * self.warps * ROWS)
+        self.squares = take(4 * WARPS * ROWS)
         self.positions = take(4 * ROWS)
         self.weights_of_chunks = take(4 * self.chunks * ROWS * m.n_heads)
 
@@ -293,17 +293,17 @@ class RowsKernel(Frame):
 
     def _roots(self) -> list[Scalar]:
         """For this thread's rows SCALE / sqrt(mean(x^2) + eps), by which products with x over SCALE are multiplied."""
-        sums = self._added_up(self.base + self.squares + self._own()[1] * 4, self.warps, 4 * ROWS)
+        sums = self._added_up(self.base + self.squares + self._own()[1] * 4, WARPS, 4 * ROWS)
         return [t.rsqrt(s * (SCALE**2 / self.model.d_model) + self.model.eps) * SCALE for s in sums]
 
     # Products.
 
     def _partials(self, stage: Stage) -> int:
         """Partial sums of a unit: one for each warp where each gets some of its groups, otherwise one a group."""
-        return self.warps if self._adds_up(stage) else stage.groups
+        return WARPS if self._adds_up(stage) else stage.groups
 
     def _adds_up(self, stage: Stage) -> bool:
-        return stage.groups >= self.warps
+        return stage.groups >= WARPS
 
     def _no_sums(self) -> Sequence[Scalar]:
         return [t.constant(0.0, t.f32())] * (ROWS // 2)
@@ -318,8 +318,8 @@ class RowsKernel(Frame):
         new = t.either(exists, multiplied, sums)
         last = exists
         if self._adds_up(stage):
-            index = unit * self.warps + self.warp
-            last = exists & (group + self.warps >= stage.groups)  # the warp's next group is another unit's
+            index = unit * WARPS + self.warp
+            last = exists & (group + WARPS >= stage.groups)  # the warp's next group is another unit's
         with t.when(last):
             row, quarter = self.lane >> 2, self.lane & 3
             target = self.base + self.partial + index * (GROUP_ROWS * self.row_bytes) + row * self.row_bytes
@@ -330,7 +330,7 @@ class RowsKernel(Frame):
 
     def _products(self, place: Scalar, part: Scalar, sums: Sequence[Scalar]) -> Sequence[Scalar]:
         """`sums` and a warp's group's products: of rows lane / 4 and 8 on with two in each 8 rows of the batch."""
-        weights = self.base + self.ring + place * SLOT_BYTES + (self.warp & 7) * GROUP_BYTES
+        weights = self.base + self.ring + place * SLOT_BYTES + self.warp * GROUP_BYTES
         mine, row = weights + self.lane * 16, self.lane >> 2
         x = self.base + self.activations + row * self.stride + part * (2 * GROUP_INPUTS) + (self.lane & 3) * 16
         scales = t.load_shared(weights + row * 16, 4, offset=GROUP_ROWS * GROUP_INPUTS)
@@ -500,14 +500,14 @@ class RowsKernel(Frame):
             low, start, passes, chunks = self._span()
             with t.when(chunk < chunks):
                 base = (pair * self.length).wide() * (2 * self.model.head_dim)
-                begin = start + chunk * passes * (KEYS * self.warps)
+                begin = start + chunk * passes * (KEYS * WARPS)
                 self._attend_chunk(base, begin, passes, low, lambda: self._take_queries_of(head, row))
             items = self.group * self.model.head_dim // 4
             self._each(items, lambda index: self._combine_of(index, head, chunk, row, chunk < chunks))
             return ()
 
         # Blocks without a unit of q|k|v first.
-        t.loop((self.config.blocks - 1) - turn, self.pairs * self.chunks, self.config.blocks, [], unit, rolled=True)
+        t.loop((self.blocks - 1) - turn, self.pairs * self.chunks, self.blocks, [], unit, rolled=True)
 
     def _take_queries_of(self, head: Scalar, row: Scalar) -> None:
         """The group's queries and the new key and value of a row, as bfloat16."""
@@ -547,11 +547,11 @@ class RowsKernel(Frame):
 
         def combined() -> Sequence[Scalar]:
             statistics = self.base + query * 4
-            tops = [t.load_shared(statistics, offset=self.maxima + 32 * w)[0].float() for w in range(self.warps)]
+            tops = [t.load_shared(statistics, offset=self.maxima + 32 * w)[0].float() for w in range(WARPS)]
             top = functools.reduce(t.maximum, tops)
             place = self.base + self.outputs + query * (4 * self.row_words) + four * 16
             total, values = t.constant(0.0, t.f32()), [t.constant(0.0, t.f32())] * 4
-            for warp in range(self.warps):
+            for warp in range(WARPS):
                 share = t.exp2(tops[warp] - top)
                 part = t.load_shared(statistics, offset=self.sums + 32 * warp)[0].float()
                 words = t.load_shared(place, 4, offset=warp * self.group * 4 * self.row_words)
