@@ -110,7 +110,7 @@ def run_both(sizes, position, length, implementation, dtype, seed=0, jit=True):
     angles = rng.uniform(0, 6, sizes.head_dim // 2).astype(np.float32)
     packed = pack(sizes, jax.tree.map(jnp.asarray, layers), jnp.asarray(norm), jax.tree.map(jnp.asarray, head))
 
-    def run(handover):
+    def run(packed, handover):  # weights as arguments: XLA would fold constants for minutes
         return decode_step(
             x, jnp.full(1, position, jnp.int32), jnp.cos(angles)[None], jnp.sin(angles)[None], packed, caches, handover,
             sizes=sizes, implementation=implementation,
@@ -118,8 +118,8 @@ def run_both(sizes, position, length, implementation, dtype, seed=0, jit=True):
 
     if jit:
         run = jax.jit(run)
-    logits, new, handover = run(init_handover(sizes))
-    again, _, _ = run(handover)
+    logits, new, handover = run(packed, init_handover(sizes))
+    again, _, _ = run(packed, handover)
     by_position = np.arange(position) % length  # the slot of each position, where it still is
     old = [tuple(np.asarray(part[0, :, by_position], np.float64).swapaxes(0, 1) for part in pair) for pair in filled]
     expected = step_in_float64(sizes, np.asarray(x[0], np.float64), position, angles, layers, norm, head, old)
@@ -354,7 +354,7 @@ def check_rows(sizes, length, positions, jit):
         caches[name] = [tuple(jnp.asarray(np.where(seen, a, unknown), dtype) for a in pair) for pair in filled]
 
     def steps(name, dtype):
-        def step(x, positions, angles, caches, handover):
+        def step(packed, x, positions, angles, caches, handover):
             return decode_step(
                 x, positions, jnp.cos(angles), jnp.sin(angles), packed, caches, handover, sizes=sizes,
                 implementation=name,
@@ -363,7 +363,8 @@ def check_rows(sizes, length, positions, jit):
         run, logits = jax.jit(step) if jit else step, []
         now, handover = caches[name], init_handover(sizes, rows)
         for i in range(2):
-            found, now, handover = run(xs[i].astype(dtype), jnp.asarray(positions) + i, angles[i], now, handover)
+            x = xs[i].astype(dtype)
+            found, now, handover = run(packed, x, jnp.asarray(positions) + i, angles[i], now, handover)
             logits.append(found)
         return np.stack(logits), now
 
