@@ -412,9 +412,9 @@ def plots(results: list[Result], folder: Path) -> None:
         bars = [(f"{r['model']}, {r['weights']}\n{r['device'][:24]}, {phase}", r[phase])
                 for r in broken_down for phase in ("prefill", "decode") if phase in r]  # fmt: skip
         left = [0.0] * len(bars)
+        shares = [{row["name"]: row["seconds"] / found["traced_s"] for row in found["components"]} for _, found in bars]
         for index, name in enumerate(COMPONENTS):
-            seconds = [{row["name"]: row["seconds"] for row in found["components"]} for _, found in bars]
-            widths = [row.get(name, 0.0) / found["traced_s"] for row, (_, found) in zip(seconds, bars, strict=True)]
+            widths = [share.get(name, 0.0) for share in shares]
             colour = {"rest": "lightgrey", "gaps": "whitesmoke"}.get(name, f"C{index}")
             axes.barh([label for label, _ in bars], widths, left=left, label=name, color=colour)
             left = [a + b for a, b in zip(left, widths, strict=True)]
