@@ -1,10 +1,10 @@
 """How long does a request take, from the first token to the last?
 
 Requests: time to first token and tokens a second of greedy decoding as the caller gets them (text on the host), by
-batch and prompt length, compiled beforehand. Steps: the decode program alone on caches that are filled already. Beside
-a rate stands its ceiling: the device's measured read bandwidth over the bytes that a step must read (weights once,
-cache once); for prefill the measured matrix rate over the operations. `--guide`: 5 requests to warm up, then 100 of 10
-tokens, temperature 1, as this project's first performance guide had it.
+batch and prompt length, compiled beforehand. Steps: the decode program alone, back to back, on caches that are filled
+already. Beside a rate stands its ceiling: the device's measured read bandwidth over the bytes that a step must read
+(weights once, cache once); for prefill the measured matrix rate over the operations. `--guide`: 5 requests to warm up,
+then 100 of 10 tokens, temperature 1, as this project's first performance guide had it.
 """
 
 from __future__ import annotations
@@ -18,25 +18,31 @@ import numpy as np
 
 from bench import common
 from orcd_jax.language_model import GREEDY, LanguageModel
-from orcd_jax.probe import Ceilings, Probe, measure, measure_ceilings
+from orcd_jax.probe import Ceilings, Probe, measure_ceilings
+from orcd_jax.profile import at_least
 from orcd_jax.sampling import Sampling
+
+_FULL = 1 << 40  # tokens: as many as fit
 
 
 def main() -> None:
     parser = common.parser(__doc__)
     add = parser.add_argument
-    add("--prompts", type=int, nargs="*", default=[10, 128, 512, 2048], help="prompt lengths at batch 1")
-    add("--batch", type=int, nargs="*", default=[8], help="batch sizes, with prompts of 128 tokens")
-    add("--sampled", type=int, nargs="*", default=[1], help="batch sizes with default sampling too")
-    add("--cache", type=int, nargs="*", default=[128, 1024, 4000], help="cache lengths of single decode steps")
-    add("--new-tokens", type=int, default=128)
+    add("--prompts", type=prompt_length, nargs="*", help="prompt lengths at batch 1; full: all of the context but the "
+        "new tokens (10 128 512 2048 and, on a GPU, full)")  # fmt: skip
+    add("--batch", type=at_least(1), nargs="*", default=[8], help="batch sizes, with prompts of 128 tokens")
+    add("--sampled", type=at_least(1), nargs="*", default=[1], help="batch sizes with default sampling too")
+    add("--cache", type=at_least(0), nargs="*", default=[128, 1024, 4000], help="cache lengths of single decode steps")
+    add("--new-tokens", type=at_least(2), default=128)
     add("--guide", action="store_true", help="the first performance guide's benchmark in place of the others")
     args = parser.parse_args()
+    model = common.load(args)
+    if args.prompts is None:
+        args.prompts = [10, 128, 512, 2048, *([_FULL] if model.device.platform == "gpu" else [])]
     if args.quick:
         args.prompts, args.batch, args.cache = args.prompts[:1], args.batch[:1], args.cache[:1]
         args.new_tokens, args.repeat = 16, 2
 
-    model = common.load(args)
     ceilings = measure_ceilings(model.device, model.config.activation_dtype)
     common.headline(model, ceilings)
     if args.guide:
@@ -46,17 +52,23 @@ def main() -> None:
     common.finish(model, ceilings, {"bench": "latency", "repeat": args.repeat, **measured}, args.json)
 
 
+def prompt_length(text: str) -> int:
+    """A type of `argparse`'s: a number of tokens, or "full"."""
+    return _FULL if text == "full" else at_least(1)(text)
+
+
 def requests(model: LanguageModel, args: argparse.Namespace, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
     """One row for each kind of request."""
     print(f"{'batch':>6}{'prompt':>8}{'sampling':>10}{'first token':>14}{'prefill':>16}{'decode':>18}{'ceiling':>11}"
           f"{'share':>7}{'compile':>10}")  # fmt: skip
-    kinds = [(1, length, GREEDY) for length in args.prompts]
+    most = model.context - args.new_tokens
+    kinds = [(1, length, GREEDY) for length in dict.fromkeys(min(length, most) for length in args.prompts)]
     kinds += [(batch, 128, GREEDY) for batch in args.batch]
     kinds += [(batch, 128, Sampling()) for batch in args.sampled]
     for batch, length, sampling in kinds:
         if not common.in_time(args):
             return
-        length = min(length, model.context - args.new_tokens)
+        length = min(length, most)
         prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, length)).tolist()
         runs = [
             model.generate(prompts, args.new_tokens, sampling, ignore_eos=True)[0].timings
@@ -85,12 +97,11 @@ def steps(model: LanguageModel, args: argparse.Namespace, ceilings: Ceilings) ->
     """One row for each cache length of a decode step at batch 1."""
     count, chunks = (4, 1) if args.quick else (32, 4) if model.device.platform == "gpu" else (8, 1)
     print(f"{'cache':>6}{'a step':>12}{'spread':>9}{'ceiling':>12}{'share':>7}")
-    for held in args.cache:
+    for held in dict.fromkeys(min(held, model.context - count) for held in args.cache):
         if not common.in_time(args):
             return
-        held = min(held, model.context - count)
         probe = Probe(model, 1, held, steps=count)
-        times = [seconds / (count * chunks) for seconds in measure(lambda p=probe: p.run(chunks), args.repeat)]
+        times = [seconds / count for seconds in probe.measure(args.repeat, chunks)]
         time = common.spread(times)
         least = model.config.step_bytes(model.weights, 1, held + count // 2) / ceilings.read_bytes_s
         print(f"{held:>6}{time['median'] * 1e3:>9.3f} ms{common.per_cent(times):>9}{least * 1e3:>9.3f} ms"
@@ -116,4 +127,4 @@ def guide(model: LanguageModel, args: argparse.Namespace) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -19,6 +19,7 @@ from typing import Any
 from bench import common
 from orcd_jax.config import ModelConfig
 from orcd_jax.device import PEAK_BANDWIDTH
+from orcd_jax.errors import RequestError
 from orcd_jax.profile import COMPONENTS
 
 Result = dict[str, Any]
@@ -32,28 +33,36 @@ RUNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", nargs="*", metavar="NAME", help=f"measure first: {', '.join(RUNS)} (default: all)")
-    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"))
+    parser.add_argument(
+        "--run", nargs="*", metavar="NAME", choices=RUNS, help=f"measure first: {', '.join(RUNS)} (none: all of them); "
+        "what else is given, as --preset, is passed on",
+    )  # fmt: skip
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="(%(default)s)")
+    parser.add_argument("--guide", type=Path, default=GUIDE, help="whose tables to write (%(default)s)")
     args, passed_on = parser.parse_known_args()
-    if args.run is not None:
-        for name in args.run or RUNS:
-            run(name, passed_on, args.results)
+    if args.run is None and passed_on:
+        parser.error(f"without --run nothing is measured: {' '.join(passed_on)}")
+    failed = (
+        [name for name in args.run or RUNS if not run(name, passed_on, args.results)] if args.run is not None else []
+    )
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(args.results.glob("*.json"))]
-    guide = GUIDE.read_text(encoding="utf-8")
+    guide = args.guide.read_text(encoding="utf-8")
     for name, make in TABLES.items():
         table = make([result for result in results if result["bench"] == name or name in MIXED])
         guide = between(guide, name, table)
-    GUIDE.write_text(guide, encoding="utf-8")
+    args.guide.write_text(guide, encoding="utf-8")
     plots(results, args.results)
-    print(f"{len(results)} results into {GUIDE}")
+    print(f"{len(results)} results into {args.guide}")
+    if failed:
+        raise RequestError(f"these have failed: {', '.join(failed)}")
 
 
-def run(name: str, passed_on: list[str], folder: Path) -> None:
-    """Run one benchmark in a process of its own and keep its result."""
+def run(name: str, passed_on: list[str], folder: Path) -> bool:
+    """Run one benchmark in a process of its own and keep its result; False if it failed."""
     if name in ("startup", "cache_policies") and any(arg.startswith("--preset") for arg in passed_on):
-        return  # they need a real file
+        return True  # they need a real file
     if name == "full_context" and not any(arg.startswith("--preset") for arg in passed_on):
-        return  # it needs a preset
+        return True  # it needs a preset
     if name == "kernels":  # of no one model
         passed_on = [arg for arg in passed_on if arg == "--quick"]
     command = [sys.executable, "-m", f"bench.{name.removesuffix('-guide')}", *RUNS[name], *passed_on]
@@ -65,12 +74,12 @@ def run(name: str, passed_on: list[str], folder: Path) -> None:
             if not line.startswith("{"):
                 print(line, end="", flush=True)
     if process.returncode:
-        print(f"{name} failed")
-        return
+        return False
     result = json.loads(line)
     parts = (name, result.get("model", ""), result.get("weights", ""), result["device"])
     slug = "_".join(filter(None, (re.sub(r"[^\w.]+", "-", part.lower()) for part in parts)))
     common.write(result, folder / f"{slug}.json")
+    return True
 
 
 def between(text: str, name: str, content: str) -> str:
@@ -243,9 +252,9 @@ def breakdown(result: Result) -> str:
             rows.append(cells)
         rows.append(["**total**", f"**{found['traced_s'] * 1e3:.3f}**", "100%", "", "", ""])
         table = grid(("component", "time, ms", "share", "MB", "GB/s", "share of its ceiling"), rows)
-        parts.append(
-            f"{title}: {found['untraced_s'] * 1e3:.3f} ms without the profiler (±{found['spread']:.1%}).\n\n{table}"
-        )
+        of = f", one of {found['steps']} in a program" if found["steps"] > 1 else ""
+        time = f"{found['untraced_s'] * 1e3:.3f} ms without the profiler (±{found['spread']:.1%})"
+        parts.append(f"{title}{of}: {time}.\n\n{table}")
     return "\n\n".join(parts)
 
 
@@ -317,7 +326,8 @@ def overview(results: list[Result]) -> str:
         single = [row for row in result["requests"] if row["batch"] == 1 and row["sampling"] == "greedy"]
         if not single:
             continue
-        short, usual = single[0], min(single, key=lambda row: abs(row["prompt_tokens"] - 128))
+        short = min(single, key=lambda row: row["prompt_tokens"])
+        usual = min(single, key=lambda row: abs(row["prompt_tokens"] - 128))
         held = next((r for r in results if r["bench"] == "memory" and same(r, result)), None)
         rows.append(
             (
@@ -339,14 +349,14 @@ def strategies(results: list[Result]) -> str:
     rows = []
     latencies = [r for r in results if r["bench"] == "latency" and "requests" in r]
     for result in latencies:
-        others = (r for r in latencies if r is not result and r["model"] == result["model"])
-        for other in (
-            r for r in others if r["device"] == result["device"] and result["weights"] == "int8" != r["weights"]
-        ):
-            a, b = (r["requests"][-1 if len(r["requests"]) == 1 else 1] for r in (result, other))
-            gain = a["decode_tok_s"]["median"] / b["decode_tok_s"]["median"]
-            name = f"int8 weights in place of {other['weights']}"
-            rows.append((name, result["model"], result["device"], f"{gain:.2f} x tokens a second at batch 1"))
+        of_model = [r for r in latencies if all(r[key] == result[key] for key in ("model", "device"))]
+        for other in (r for r in of_model if result["weights"] == "int8" != r["weights"]):
+            plain = {kind(row): row for row in other["requests"]}
+            for row in (row for row in result["requests"] if kind(row) in plain):
+                batch, prompt, sampling = kind(row)
+                gain = row["decode_tok_s"]["median"] / plain[kind(row)]["decode_tok_s"]["median"]
+                rows.append((f"int8 weights in place of {other['weights']}", result["model"], result["device"],
+                             f"{gain:.2f} x tokens a second (batch {batch}, prompt {prompt}, {sampling})"))  # fmt: skip
     for result in (r for r in results if r["bench"] == "throughput" and "rows" in r):
         one = next((row for row in result["rows"] if row["batch"] == 1), None)
         best = max(result["rows"], key=lambda row: row["tok_s"]["median"])
@@ -358,6 +368,9 @@ def strategies(results: list[Result]) -> str:
         found = {(row["op"], row["shape"], row["implementation"]): row for row in result["rows"] if "seconds" in row}
         for (op, shape, implementation), row in found.items():
             plain = found.get((op, shape, "xla"))
+            if implementation != "xla" and row.get("baseline") == "separate" != implementation:
+                rows.append((f"{op} fused", shape, result["device"],
+                             f"{row['of_baseline']:.2f} x as fast as its parts"))  # fmt: skip
             if implementation != "xla" and plain is not None and row["implementation"] != row.get("baseline"):
                 gain = plain["seconds"]["median"] / row["seconds"]["median"]
                 rows.append(
@@ -371,6 +384,11 @@ def strategies(results: list[Result]) -> str:
             rows.append((f"`{row['policy']}` cache", result["model"], result["device"],
                          f"{smaller:.1f} x fewer bytes, perplexity {loss:+.2%}"))  # fmt: skip
     return grid(("what", "model or shape", "device", "measured"), rows)
+
+
+def kind(request: Result) -> tuple[int, int, str]:
+    """Requests of the same kind can be compared."""
+    return request["batch"], request["prompt_tokens"], request["sampling"]
 
 
 def hardware(results: list[Result]) -> str:
@@ -455,4 +473,4 @@ def roofline(results: list[Result], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

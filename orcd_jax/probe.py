@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -64,14 +65,31 @@ class Probe:
             self.compiled = _compile(model, prompt is None, steps, method, self._state, *self._rest)
             self.compile_s = time.perf_counter() - began
 
-    def run(self, times: int = 1) -> None:
-        """Run the program so often, back to back, and wait for the last one's tokens."""
+    def run(self) -> None:
+        """Run the program and wait for its tokens."""
+        np.asarray(self._launch())
+
+    def measure(self, repeat: int, runs: int = 1) -> list[float]:
+        """Seconds of a run among others, `repeat` times the mean of `runs` of them, after two to warm up.
+
+        Measured from end to end: the device begins a run when it has ended the one before, since the host has enqueued
+        it meanwhile, as in `generate`. What it takes the host to start a program and to fetch its tokens is in none.
+        """
+        ends = []
+        ahead = self._launch()
+        for _ in range(2 + repeat * runs):
+            tokens, ahead = ahead, self._launch()
+            np.asarray(tokens)
+            ends.append(time.perf_counter())
+        jax.block_until_ready(ahead)
+        return [(end - start) / runs for start, end in pairwise(ends[1::runs])]
+
+    def _launch(self) -> jax.Array:
         with jax.default_device(self._model.device):
-            for _ in range(times):
-                lengths = jnp.full(self._batch, self.held, jnp.int32)
-                state = replace(self._state, cache=replace(self._state.cache, lengths=lengths))
-                self._state, tokens = self.compiled(self._model.params, state, *self._rest)
-        np.asarray(tokens)
+            lengths = jnp.full(self._batch, self.held, jnp.int32)
+            state = replace(self._state, cache=replace(self._state.cache, lengths=lengths))
+            self._state, tokens = self.compiled(self._model.params, state, *self._rest)
+        return tokens
 
 
 def program_memory(model: LanguageModel, batch: int, slots: int, *, prompt: int | None = None) -> Any:

@@ -2,7 +2,10 @@
 
 Kernels are known by the `named_scope`s that their HLO instructions carry, found through the profiler's trace. The
 profiler takes time of its own, and some versions of XLA capture no command buffers under it, which makes the gaps
-between kernels longer: the whole program's time without the profiler stands beside the table's.
+between kernels longer: the time without the profiler stands beside the table's. Both are a device's time alone. A
+decode step is one of 16 in one program, traced from its first kernel to its last; without the profiler programs are
+measured back to back, as `generate` runs them, so that the host's start and end of a program, which
+`bench.latency` shows, are in neither.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ from orcd_jax import hub
 from orcd_jax.config import ModelConfig, array_bytes
 from orcd_jax.errors import OrcdJaxError
 from orcd_jax.language_model import LanguageModel, load
-from orcd_jax.probe import Ceilings, Probe, measure, measure_ceilings
+from orcd_jax.probe import Ceilings, Probe, measure_ceilings
+
+STEPS = 16  # of decoding in one program
 
 # The innermost of these scopes that an instruction's name has says what it belongs to.
 _SCOPES = {
@@ -76,9 +81,10 @@ class Profile:
     """A program's components, whose times add up to `traced_s`."""
 
     components: list[Component]
-    traced_s: float  # a step, from the first kernel's beginning to the last one's end
-    untraced_s: float  # a step without the profiler: median, with command buffers
+    traced_s: float  # a step, of those from the first kernel's beginning to the last one's end
+    untraced_s: float  # a step without the profiler, among programs back to back: median, with command buffers
     spread: float  # half the range of those measurements, as a share of the median
+    steps: int  # in one program
     unknown: dict[str, float]  # the rest's instructions, seconds a step
 
 
@@ -192,9 +198,9 @@ def profile(model: LanguageModel, batch: int, held: int, prompt: int | None, rep
       prompt: tokens a row of a prefill; None: decode.
       repeat: measurements without the profiler.
     """
-    steps = 8 if prompt is None else 1
+    steps = STEPS if prompt is None else 1
     probe = Probe(model, batch, held, prompt=prompt, steps=steps)
-    times = [seconds / steps for seconds in measure(probe.run, repeat)]
+    times = [seconds / steps for seconds in probe.measure(repeat, 4 if model.device.platform == "gpu" else 1)]
     program = Program(probe.compiled.as_text() or "")
     spans, total = traced_shares(probe.run, program)
     seconds: defaultdict[str, float] = defaultdict(float)
@@ -211,6 +217,7 @@ def profile(model: LanguageModel, batch: int, held: int, prompt: int | None, rep
         traced_s=total / steps,
         untraced_s=median,
         spread=(max(times) - min(times)) / 2 / median,
+        steps=steps,
         unknown=dict(sorted(unknown.items(), key=lambda item: -item[1])),
     )
 
@@ -314,6 +321,7 @@ def _gpu_events(lines: list[Any], program: Program) -> list[tuple[float, float, 
 
 def table(title: str, result: Profile, ceilings: Ceilings) -> str:
     """The component table as text."""
+    title += f", one of {result.steps} in a program" if result.steps > 1 else ""
     lines = [f"{title}: {result.traced_s * 1e3:.3f} ms traced, {result.untraced_s * 1e3:.3f} ms without the profiler "
              f"(±{result.spread:.1%})",
              f"  {'component':<20}{'time':>12}{'share':>8}{'bytes':>12}{'GB/s':>9}{'of ceiling':>12}"]  # fmt: skip
@@ -331,13 +339,24 @@ def table(title: str, result: Profile, ceilings: Ceilings) -> str:
     return "\n".join(lines)
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of `argparse`'s: a whole number from `least` on."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+
+    return number
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line with `argv` (default: the process's) and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m orcd_jax.profile", description=__doc__)
     parser.add_argument("model", nargs="?", default=hub.DEFAULT_MODEL, help="as for generate (%(default)s)")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prefill (%(default)s)")
-    parser.add_argument("--cache", type=int, default=1024, help="tokens in the cache at decode (%(default)s)")
+    parser.add_argument("--batch", type=at_least(1), default=1)
+    parser.add_argument("--prompt", type=at_least(1), default=128, help="tokens of the prefill (%(default)s)")
+    parser.add_argument("--cache", type=at_least(0), default=1024, help="tokens in the cache at decode (%(default)s)")
     parser.add_argument("--weights", choices=("auto", "int8", "bf16", "f32"), default="auto")
     parser.add_argument("--kv-cache", default="full", metavar="POLICY")
     parser.add_argument("--device", choices=("cpu", "gpu"))
@@ -347,7 +366,7 @@ def main(argv: list[str] | None = None) -> int:
         ceilings = measure_ceilings(model.device, model.config.activation_dtype)
         print(f"{model.config.name}, weights {model.weights}, batch {args.batch}, on {model.device.device_kind}")
         print(ceilings)
-        prompt, held = min(args.prompt, model.context), min(args.cache, model.context - 8)
+        prompt, held = min(args.prompt, model.context), min(args.cache, model.context - STEPS)
         print(table(f"prefill of {prompt} tokens", profile(model, args.batch, 0, prompt), ceilings))
         print(table(f"a decode step after {held} tokens", profile(model, args.batch, held, None), ceilings))
     except OrcdJaxError as error:

@@ -3,7 +3,7 @@
 import pytest
 
 from orcd_jax import load, profile
-from orcd_jax.probe import Ceilings
+from orcd_jax.probe import Ceilings, Probe
 
 OP = "jit(decode)/while/body/Decoder/layer_1/jit(block)/Block_0"
 HLO = f"""\
@@ -86,6 +86,7 @@ def test_the_components_of_a_program_add_up(prompt, tiny):
     for name in ("norms", "q, k, v projection", "attention", "output projection", "SwiGLU", "head", "sampling"):
         assert seconds[name] > 0, name
     assert sum(result.unknown.values()) == pytest.approx(seconds["rest"])
+    assert result.steps == (1 if prompt else profile.STEPS)
     text = profile.table("a step", result, Ceilings(1e10, 1e11))
     assert all(name in text for name in profile.COMPONENTS)
 
@@ -93,9 +94,27 @@ def test_the_components_of_a_program_add_up(prompt, tiny):
 def test_the_command_line_prints_both_tables(tiny, capsys):
     assert profile.main([str(tiny("phi3")), "--prompt", "8", "--cache", "8", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "prefill of 8 tokens" in out and "a decode step after 8 tokens" in out
+    assert "prefill of 8 tokens:" in out and "a decode step after 8 tokens, one of 16 in a program:" in out
 
 
 def test_a_mistake_is_one_line(capsys):
     assert profile.main(["no-such-model"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("args", [("--batch", "0"), ("--prompt", "0"), ("--cache", "-1"), ("--batch", "two")])
+def test_numbers_that_make_no_sense_are_refused(args, capsys):
+    with pytest.raises(SystemExit) as refused:
+        profile.main(list(args))
+    assert refused.value.code == 2 and f"argument {args[0]}: " in capsys.readouterr().err
+
+
+def test_programs_are_measured_from_end_to_end_of_one_another(tiny, monkeypatch):
+    """A clock that only a launch moves: each run counts one, that of the next."""
+    probe = Probe(load(tiny("qwen2"), device="cpu"), batch=1, held=4, steps=2)
+    launched: list[int] = []
+    launch = probe._launch
+    monkeypatch.setattr(probe, "_launch", lambda: launched.append(1) or launch())
+    monkeypatch.setattr("orcd_jax.probe.time.perf_counter", lambda: float(len(launched)))
+    assert probe.measure(3, runs=2) == [1.0, 1.0, 1.0]
+    assert len(launched) == 1 + 2 + 3 * 2
