@@ -14,16 +14,18 @@ import numpy as np
 from bench import common
 from orcd_jax.cache_policy import CachePolicy
 from orcd_jax.language_model import LanguageModel
+from orcd_jax.profile import at_least
 
 
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--file", type=Path, default=common.PROSE, help="the text (default: the one of the tests)")
-    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--window", type=at_least(1), default=256)
     parser.add_argument("--plot", type=Path, help="write a plot of perplexity by position to this PNG")
     args = parser.parse_args()
     model = common.load(args)
-    ids = model.encode_prompt(args.file.read_text(encoding="utf-8"))[: 300 if args.quick else model.context]
+    text = args.file.read_text(encoding="utf-8")[: model.context * model.tokenizer.longest]
+    ids = model.encode_prompt(text)[: min(300 if args.quick else model.context, model.context)]
     window = min(args.window, len(ids) // 4)
     policies = ["full", "int8", f"sliding:{window}:4", f"sliding:{window}:0", f"sliding:{window}:4+int8"]
     policies.append(f"compress:{window}")
@@ -60,4 +62,4 @@ def plot(curves: dict[str, np.ndarray], path: Path, title: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -7,8 +7,9 @@ import datetime
 import json
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice, product
@@ -22,9 +23,11 @@ import numpy as np
 import orcd_jax
 from orcd_jax.config import ModelConfig
 from orcd_jax.device import select_device
+from orcd_jax.errors import OrcdJaxError
 from orcd_jax.language_model import Kernels, LanguageModel, choose_weights, configure
 from orcd_jax.loader import random_params
 from orcd_jax.probe import Ceilings
+from orcd_jax.profile import at_least
 
 PROSE = Path(__file__).parent.parent / "tests" / "data" / "prose.txt"
 
@@ -37,11 +40,22 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--weights", choices=("auto", "int8", "bf16", "f32"), default="auto")
     result.add_argument("--device", choices=("cpu", "gpu"))
     result.add_argument("--kernels", choices=get_args(Kernels), default="auto", help="as for load (%(default)s)")
-    result.add_argument("--repeat", type=int, default=5, help="measured runs, after one to warm up (%(default)s)")
+    result.add_argument(
+        "--repeat", type=at_least(1), default=5, help="measured runs, after one to warm up (%(default)s)"
+    )
     result.add_argument("--within", type=float, metavar="SECONDS", help="begin no further row after so long")
     result.add_argument("--quick", action="store_true", help="fewer and shorter runs: that it works, not how fast")
-    result.add_argument("--json", metavar="FILE", help="also write the JSON object to this file")
+    result.add_argument("--json", nargs="?", metavar="FILE", help="also write the last line, a JSON object, to a file")
     return result
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a benchmark; a mistake in what was asked is one line on stderr and exit status 2."""
+    try:
+        main()
+    except (OrcdJaxError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def in_time(args: argparse.Namespace) -> bool:
@@ -157,9 +171,9 @@ def finish(model: LanguageModel, ceilings: Ceilings | None, result: dict[str, An
 
 def emit(result: dict[str, Any], path: str | None) -> None:
     """Print the result as the last line, one JSON object, and write it to `path` if there is one."""
+    print(json.dumps(result), flush=True)
     if path:
         write(result, Path(path))
-    print(json.dumps(result))
 
 
 def write(result: dict[str, Any], path: Path) -> None:

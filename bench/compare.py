@@ -22,6 +22,7 @@ from orcd_jax import hub
 from orcd_jax.config import ModelConfig
 from orcd_jax.language_model import GREEDY, LanguageModel
 from orcd_jax.probe import measure
+from orcd_jax.profile import at_least
 
 # llama.cpp, CUDA, Q8_0, measured once on this device by this project's authors: tokens a second.
 QUOTED = {
@@ -32,8 +33,10 @@ QUOTED = {
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--prompt", type=int, default=2048, help="tokens of the prefill (%(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=128, help="tokens decoded after a short prompt (%(default)s)")
+    parser.add_argument("--prompt", type=at_least(1), default=2048, help="tokens of the prefill (%(default)s)")
+    parser.add_argument(
+        "--new-tokens", type=at_least(2), default=128, help="tokens decoded after a short prompt (%(default)s)"
+    )
     parser.add_argument("--torch-compile", action="store_true", help="let transformers compile its decode step")
     args = parser.parse_args()
     if args.quick:
@@ -52,6 +55,8 @@ def main() -> None:
         if found is not None:
             rows.append({"engine": engine, **found})
             show(rows[-1], rows[0])
+        else:
+            print(f"{engine:<44}{'not here':>16}")
     common.finish(model, None, {"bench": "compare", "prompt_tokens": args.prompt, "rows": rows}, args.json)
 
 
@@ -141,4 +146,4 @@ def hf_config(config: ModelConfig) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

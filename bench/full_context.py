@@ -16,6 +16,7 @@ import numpy as np
 from bench import common
 from orcd_jax.config import ModelConfig
 from orcd_jax.device import peak_bytes, select_device
+from orcd_jax.errors import RequestError
 from orcd_jax.language_model import LanguageModel
 from orcd_jax.loader import random_params
 from orcd_jax.probe import program_memory
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="the preset's context with a tiny model")
     args = parser.parse_args()
     if args.preset is None:
-        raise SystemExit("full_context takes --preset, e.g. " + " or ".join(PRESETS))
+        raise RequestError("full_context takes --preset, e.g. " + " or ".join(PRESETS))
     model = tiny_model(args.preset, select_device(args.device)) if args.tiny else common.load(args)
     config, context = model.config, model.context
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, context - NEW_TOKENS).tolist()
@@ -69,4 +70,4 @@ def tiny_model(preset: str, device: jax.Device) -> LanguageModel:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

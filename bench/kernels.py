@@ -24,6 +24,7 @@ import pallas_kernels
 from bench import common
 from orcd_jax.config import ModelConfig, array_bytes
 from orcd_jax.device import select_device
+from orcd_jax.errors import RequestError
 from orcd_jax.probe import Ceilings, measure, measure_ceilings
 from orcd_jax.profile import Program, traced_shares
 from pallas_kernels.qkv_rope import rotate
@@ -56,13 +57,15 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--only", default="", help="ops whose name has this in it")
     args = parser.parse_args()
+    cases = [case for case in all_cases(args.quick) if args.only in case.op]
+    if not cases:
+        raise RequestError(f"no op has {args.only!r} in its name")
     device = select_device(args.device)
     ceilings = measure_ceilings(device, jnp.dtype(jnp.bfloat16))
     where = common.environment(device)
     print(f"on {where['device']}, jax {where['jax']}; {ceilings}", flush=True)
     print(f"{'op':<17}{'shape':<32}{'':<12}{'error':>9}{'time':>12}{'spread':>8}{'GB/s':>7}{'TFLOP/s':>9}"
           f"{'ceiling':>9}{'baseline':>10}  target")  # fmt: skip
-    cases = [case for case in all_cases(args.quick) if args.only in case.op]
     rows = [row for case in cases if common.in_time(args) for row in measured(case, ceilings, args.repeat)]
     if not args.quick and args.only in "quant_matmul" and common.in_time(args):
         rows += list(chains(ceilings, args.repeat))
@@ -361,4 +364,4 @@ def _finish(run: Callable[..., Any], *args: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

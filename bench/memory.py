@@ -20,13 +20,16 @@ from bench import common
 from orcd_jax.device import peak_bytes
 from orcd_jax.language_model import LanguageModel
 from orcd_jax.probe import program_memory
+from orcd_jax.profile import at_least
 
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--lengths", type=int, nargs="*", default=[1000, 10000], help="cache lengths; always the full")
-    parser.add_argument("--chunk", type=int, default=512, help="tokens of a prefill program (%(default)s)")
+    parser.add_argument("--batch", type=at_least(1), default=1)
+    parser.add_argument(
+        "--lengths", type=at_least(1), nargs="*", default=[1000, 10000], help="cache lengths; always the full"
+    )
+    parser.add_argument("--chunk", type=at_least(1), default=512, help="tokens of a prefill program (%(default)s)")
     args = parser.parse_args()
     model = common.load(args)
     where = common.environment(model.device)
@@ -97,4 +100,4 @@ def loading(model: LanguageModel, args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
+from bench import common
 from orcd_jax.config import ModelConfig
 from orcd_jax.quantize import BLOCK
 
@@ -47,12 +48,15 @@ def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def write(path: Path, config: ModelConfig, vocabulary: Path) -> None:
     """Write the file; its bytes are the same each time."""
     writer = GGUFWriter(path, config.architecture)
+    writer.add_name(config.name)
     prefix = config.architecture
     numbers = {
         "context_length": config.context_length, "embedding_length": config.d_model, "block_count": config.n_layers,
         "feed_forward_length": config.d_ff, "attention.head_count": config.n_heads,
         "attention.head_count_kv": config.n_kv_heads,
     }  # fmt: skip
+    if config.sliding_window is not None:
+        numbers["attention.sliding_window"] = config.sliding_window
     for key, value in numbers.items():
         writer.add_uint32(f"{prefix}.{key}", value)
     writer.add_float32(f"{prefix}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
@@ -89,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

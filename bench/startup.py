@@ -15,6 +15,7 @@ import time
 from bench import common
 from orcd_jax import hub
 from orcd_jax.device import select_device
+from orcd_jax.errors import RequestError
 
 
 def first_byte(command: list[str], environment: dict[str, str]) -> float:
@@ -23,14 +24,14 @@ def first_byte(command: list[str], environment: dict[str, str]) -> float:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as process:
         assert process.stdout is not None
         if not process.stdout.read(1):
-            raise SystemExit(f"{' '.join(command)} printed nothing")
+            raise RequestError(f"{' '.join(command)} printed nothing")
         return time.perf_counter() - start
 
 
 def main() -> None:
     args = common.parser(__doc__).parse_args()
     if args.preset:
-        raise SystemExit("startup measures the command, which needs a model, not a preset")
+        raise RequestError("startup measures the command, which needs a model, not a preset")
     path = hub.resolve(args.model)
     repeat = 1 if args.quick else args.repeat
     command = [
@@ -55,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

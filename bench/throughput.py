@@ -22,18 +22,23 @@ import numpy as np
 from bench import common
 from orcd_jax.language_model import GREEDY, LanguageModel
 from orcd_jax.probe import Ceilings, measure, measure_ceilings
+from orcd_jax.profile import at_least
 from orcd_jax.sampling import Sampling
 
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128])
-    parser.add_argument("--prompts", type=int, default=16, help="at least so many requests a batch size (%(default)s)")
-    parser.add_argument("--longest", type=int, default=384, help="tokens of the longest prompt (%(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--batch", type=at_least(1), nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128])
+    parser.add_argument(
+        "--prompts", type=at_least(1), default=16, help="at least so many requests a batch size (%(default)s)"
+    )
+    parser.add_argument("--longest", type=at_least(9), default=384, help="tokens of the longest prompt (%(default)s)")
+    parser.add_argument("--new-tokens", type=at_least(2), default=64)
     parser.add_argument("--guide", action="store_true", help="the first performance guide's benchmark instead")
     parser.add_argument("--plot", type=Path, help="write a plot over batch sizes to this PNG")
     args = parser.parse_args()
+    if args.guide and args.plot:
+        parser.error("--plot is over batch sizes, which --guide has none of")
     if args.quick:
         args.batch, args.prompts, args.new_tokens, args.repeat = args.batch[:2], 2, 8, 1
 
@@ -131,4 +136,4 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

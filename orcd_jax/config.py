@@ -151,16 +151,17 @@ class ModelConfig:
 
     @classmethod
     def from_preset(cls, name: str) -> ModelConfig:
-        """Read `configs/NAME.toml`.
+        """Read `configs/NAME.toml`; the beginning of a name will do where only one begins so.
 
         Raises:
           RequestError: for an unknown name; it lists the known ones.
         """
-        files = {file.name: file for file in resources.files("configs").iterdir() if file.name.endswith(".toml")}
-        if f"{name}.toml" not in files:
-            known = ", ".join(sorted(file.removesuffix(".toml") for file in files))
-            raise RequestError(f"no preset {name!r}; there are {known}")
-        return cls(**tomllib.loads(files[f"{name}.toml"].read_text(encoding="utf-8")))
+        entries = [file for file in resources.files("configs").iterdir() if file.name.endswith(".toml")]
+        files = {file.name.removesuffix(".toml"): file for file in entries}
+        found = [known for known in files if known == name] or [known for known in files if known.startswith(name)]
+        if len(found) != 1:
+            raise RequestError(f"no preset {name!r}; there are {', '.join(sorted(files))}")
+        return cls(**tomllib.loads(files[found[0]].read_text(encoding="utf-8")))
 
     @classmethod
     def from_gguf(cls, file: GGUFFile, context: int | None = None) -> ModelConfig:

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from bench import common, full_context, report
+from bench import common, full_context, random_gguf, report
+from orcd_jax import load
 from orcd_jax.config import ModelConfig
 from orcd_jax.probe import program_memory
 
@@ -43,6 +44,47 @@ def test_a_benchmark_of_a_model_runs(name, args, run, tiny, tmp_path):
     assert found["device"] in table and "tok/s" in table.replace("time, ms", "tok/s")
 
 
+def test_requests_of_one_kind_are_measured_once(run, tiny):
+    model = tiny("qwen2")
+    found = run("latency", "--model", model, "--prompts", "full", "--batch", "--sampled", "--cache", 100000)
+    assert [row["prompt_tokens"] for row in found["requests"]] == [256 - 16]  # all of the context but the new tokens
+    assert [row["cache_tokens"] for row in found["steps"]] == [256 - 4]
+
+
+def test_a_text_beyond_the_context_is_cut(run, tiny):
+    found = run("cache_policies", "--model", tiny("qwen2"))
+    assert found["tokens"] == 256 and report.cache_policies([found])
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("latency", ("--model", "no-such-model")),
+        ("breakdown", ("--preset", "no-such-preset")),
+        ("memory", ("--json", "no/such/folder/result.json", "--preset", "no-such-preset")),
+        ("startup", ("--preset", "qwen2.5-0.5b")),
+        ("full_context", ()),
+        ("kernels", ("--only", "no-such-op")),
+        ("throughput", ("--batch", "0")),
+        ("throughput", ("--guide", "--plot", "plot.png")),
+        ("report", ("--run", "no-such-bench")),
+        ("report", ("--preset", "qwen2.5-0.5b")),
+    ],
+)
+def test_a_mistake_is_told_and_not_traced(name, args, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, *args])
+    with pytest.raises(SystemExit) as refused:
+        common.run(importlib.import_module(f"bench.{name}").main)
+    err = capsys.readouterr().err
+    assert refused.value.code == 2 and "error: " in err.splitlines()[-1]
+
+
+def test_a_result_that_cannot_be_written_is_printed_still(capsys):
+    with pytest.raises(SystemExit):
+        common.run(lambda: common.emit({"bench": "x"}, "no/such/folder/result.json"))
+    assert json.loads(capsys.readouterr().out) == {"bench": "x"}
+
+
 def test_memory_agrees_with_the_formulas(run, tiny):
     found = run("memory", "--model", tiny("phi3"), "--lengths", "16")
     assert found["weights_bytes"] == found["weights_formula_bytes"]
@@ -64,6 +106,18 @@ def test_a_made_up_vocabulary_has_as_many_words_as_asked_for():
     tokenizer = common.vocabulary(1000)
     assert tokenizer.vocab_size == tokenizer.known_tokens == 1000
     assert tokenizer.decode([*range(256)]) and tokenizer.decode([999]).startswith(" ")
+
+
+@pytest.mark.parametrize(("preset", "file"), [("phi-3-mini-4k", "phi-3"), ("qwen2.5-0.5b", "qwen2")])
+def test_a_random_file_is_of_the_presets_shapes(preset, file, model_file, tmp_path):
+    config = replace(ModelConfig.from_preset(preset), n_layers=1, d_ff=64, d_model=64, head_dim=32, n_heads=2)
+    config = replace(config, n_kv_heads=config.n_heads // (2 if config.architecture == "qwen2" else 1))
+    random_gguf.write(tmp_path / "random.gguf", config, model_file(f"vocab-{file}.gguf"))
+    model = load(tmp_path / "random.gguf", device="cpu", weights="int8", context=64)
+    assert model.config.rms_norm_eps == pytest.approx(config.rms_norm_eps)  # float32 in the file
+    known = dict(rms_norm_eps=config.rms_norm_eps, known_tokens=config.known_tokens, stop_ids=())
+    assert replace(model.config, **known) == config
+    assert model.generate("Hello.", 4, ignore_eos=True)[0].token_ids
 
 
 def test_the_guide_has_a_place_for_every_table():

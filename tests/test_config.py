@@ -313,6 +313,10 @@ def test_an_unknown_preset_names_the_known_ones():
             ModelConfig.from_preset(name)
 
 
+def test_the_beginning_of_a_presets_name_will_do():
+    assert ModelConfig.from_preset("phi-3-mini") == PHI3
+
+
 def test_every_preset_file_is_a_config():
     for path in (Path(__file__).parents[1] / "configs").glob("*.toml"):
         config = ModelConfig.from_preset(path.stem)
