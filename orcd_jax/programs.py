@@ -82,11 +82,16 @@ def _folder(device: jax.Device) -> Path | None:
 
 def _key(device: jax.Device, args: Any, what: tuple[Any, ...]) -> str:
     leaves, structure = jax.tree.flatten(args)
+    settings = {  # XLA_PYTHON_CLIENT_...: how much memory a process takes, which changes no program
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(("XLA_", "MOSAIC_")) and not name.startswith("XLA_PYTHON_CLIENT_")
+    }
     parts = (
         _SOURCE,
         [(library.__name__, library.__version__) for library in (jax, jaxlib, flax)],
         sorted(jax.config.values.items()),
-        sorted(item for item in os.environ.items() if item[0].startswith(("XLA_", "MOSAIC_"))),
+        sorted(settings.items()),
         (device.client.platform_version, device.device_kind, device.id),
         (structure, [(leaf.shape, leaf.dtype) for leaf in leaves]),
         what,

@@ -61,6 +61,9 @@ def test_a_program_is_not_found_for_anything_else(folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(programs, "_SOURCE", "another version")
         assert kept()[1] == 1
+    with monkeypatch.context() as patch:
+        patch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.2")  # how much memory there is, not what runs in it
+        assert kept()[1] == 0
     assert kept()[1] == 0
 
 
