@@ -32,7 +32,7 @@ def main() -> None:
     print(table(f"a decode step of {args.batch} after {held} tokens", found["decode"], ceilings))
     shapes = {"batch": args.batch, "prompt_tokens": prompt, "cache_tokens": held}
     result = {"bench": "breakdown", **shapes, **{phase: asdict(profiled) for phase, profiled in found.items()}}
-    common.finish(model, ceilings, result, args.json)
+    common.finish(model, ceilings, result, args)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def main() -> None:
         print(f"{name:<20}{overall:>12.3f}{overall / rows[0]['perplexity'] - 1:>+10.2%}{last:>14.3f}{held:>14,}")
     if args.plot:
         plot(curves, args.plot, f"{model.config.name}, window {window}")
-    common.finish(model, None, {"bench": "cache_policies", "tokens": len(ids), "rows": rows}, args.json)
+    common.finish(model, None, {"bench": "cache_policies", "tokens": len(ids), "rows": rows}, args)
 
 
 def plot(curves: dict[str, np.ndarray], path: Path, title: str) -> None:

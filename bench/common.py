@@ -45,6 +45,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     result.add_argument("--within", type=float, metavar="SECONDS", help="begin no further row after so long")
     result.add_argument("--quick", action="store_true", help="fewer and shorter runs: that it works, not how fast")
+    result.add_argument("--note", metavar="TEXT", help="what the guide should say beside the figures")
     result.add_argument("--json", nargs="?", metavar="FILE", help="also write the last line, a JSON object, to a file")
     return result
 
@@ -162,18 +163,19 @@ def headline(model: LanguageModel, ceilings: Ceilings) -> None:
     print(ceilings, flush=True)
 
 
-def finish(model: LanguageModel, ceilings: Ceilings | None, result: dict[str, Any], path: str | None) -> None:
-    """Print a result on a model as the last line, one JSON object, and write it to `path` if there is one."""
+def finish(model: LanguageModel, ceilings: Ceilings | None, result: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print a result on a model as the last line, one JSON object, and write it to `--json`'s file."""
     measured = asdict(ceilings) if ceilings is not None else {}
     head = {"model": model.config.name, "weights": model.weights, **environment(model.device), **measured}
-    emit({"bench": result.pop("bench"), **head, **result}, path)
+    emit({"bench": result.pop("bench"), **head, **result}, args)
 
 
-def emit(result: dict[str, Any], path: str | None) -> None:
-    """Print the result as the last line, one JSON object, and write it to `path` if there is one."""
+def emit(result: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print a result as the last line, one JSON object, and write it to `--json`'s file."""
+    result |= {"note": args.note} if args.note else {}
     print(json.dumps(result), flush=True)
-    if path:
-        write(result, Path(path))
+    if args.json:
+        write(result, Path(args.json))
 
 
 def write(result: dict[str, Any], path: Path) -> None:

@@ -50,14 +50,14 @@ def main() -> None:
     show(rows[0], rows[0])
     quoted = QUOTED.get((model.device.device_kind, model.config.name))
     cpp = llama_cpp(args, model)
-    others = [("llama.cpp", cpp)] if cpp is not None else [("llama.cpp Q8_0, quoted from an earlier run", quoted)]
+    others = [("llama.cpp Q8_0, quoted from an earlier run", quoted)] if quoted and not cpp else [("llama.cpp", cpp)]
     for engine, found in [*others, ("transformers", transformers(args, model))]:
         if found is not None:
             rows.append({"engine": engine, **found})
             show(rows[-1], rows[0])
         else:
             print(f"{engine:<44}{'not here':>16}")
-    common.finish(model, None, {"bench": "compare", "prompt_tokens": args.prompt, "rows": rows}, args.json)
+    common.finish(model, None, {"bench": "compare", "prompt_tokens": args.prompt, "rows": rows}, args)
 
 
 def show(row: dict[str, Any], first: dict[str, Any]) -> None:

@@ -53,7 +53,7 @@ def main() -> None:
         "temporaries": list(temporaries.values()), "workspace_formula_bytes": workspace,
         "peak_bytes": peak_bytes(model.device),
     }  # fmt: skip
-    common.finish(model, None, result, args.json)
+    common.finish(model, None, result, args)
 
 
 def tiny_model(preset: str, device: jax.Device) -> LanguageModel:

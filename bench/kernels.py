@@ -70,7 +70,7 @@ def main() -> None:
     if not args.quick and args.only in "quant_matmul" and common.in_time(args):
         rows += list(chains(ceilings, args.repeat))
     common.emit({"bench": "kernels", **where, "read_bytes_s": ceilings.read_bytes_s,
-                 "matmul_flops_s": ceilings.matmul_flops_s, "rows": rows}, args.json)  # fmt: skip
+                 "matmul_flops_s": ceilings.matmul_flops_s, "rows": rows}, args)  # fmt: skip
 
 
 def measured(case: Case, ceilings: Ceilings, repeat: int) -> Iterator[dict[str, Any]]:

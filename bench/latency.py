@@ -49,7 +49,7 @@ def main() -> None:
         measured = {"guide": guide(model, args)}
     else:
         measured = {"requests": list(requests(model, args, ceilings)), "steps": list(steps(model, args, ceilings))}
-    common.finish(model, ceilings, {"bench": "latency", "repeat": args.repeat, **measured}, args.json)
+    common.finish(model, ceilings, {"bench": "latency", "repeat": args.repeat, **measured}, args)
 
 
 def prompt_length(text: str) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ def main() -> None:
         result["loading"] = loading(model, args)
     result["peak_bytes"] = peak_bytes(model.device)
     print(f"peak: {result['peak_bytes']:,} bytes {'of the process' if model.device.platform == 'cpu' else 'in use'}")
-    common.finish(model, None, result, args.json)
+    common.finish(model, None, result, args)
 
 
 def by_length(model: LanguageModel, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -84,8 +85,9 @@ def loading(model: LanguageModel, args: argparse.Namespace) -> dict[str, Any]:
         "orcd_jax.loader.load_params(file, m.config, m.weights, m.device); "
         "print(json.dumps([m.load_s, time.perf_counter() - start, grown]))"
     )
-    runs = [
-        json.loads(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout)
+    command, environment = [sys.executable, "-c", script], os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    runs = [  # beside this process, which has taken most of a GPU's memory
+        json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
         for _ in range(1 if args.quick else args.repeat)
     ]
     times, tensor_times, grown = zip(*runs, strict=True)

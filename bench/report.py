@@ -319,19 +319,25 @@ def cache_policies(result: Result) -> str:
     )  # fmt: skip
 
 
+_KEYS = ("model", "weights", "device")
+
+
 def overview(results: list[Result]) -> str:
     """A line for each model, format and device whose latency was measured."""
     rows = []
+    single: dict[tuple[str, ...], list[Result]] = {}
     for result in (r for r in results if r["bench"] == "latency" and "requests" in r):
-        single = [row for row in result["requests"] if row["batch"] == 1 and row["sampling"] == "greedy"]
-        if not single:
+        of = tuple(result[key] for key in _KEYS)
+        single.setdefault(of, []).extend(r for r in result["requests"] if kind(r)[::2] == (1, "greedy"))
+    for of, requests in single.items():
+        if not requests:
             continue
-        short = min(single, key=lambda row: row["prompt_tokens"])
-        usual = min(single, key=lambda row: abs(row["prompt_tokens"] - 128))
-        held = next((r for r in results if r["bench"] == "memory" and same(r, result)), None)
+        short = min(requests, key=lambda row: row["prompt_tokens"])
+        usual = min(requests, key=lambda row: abs(row["prompt_tokens"] - 128))
+        held = next((r for r in results if r["bench"] == "memory" and tuple(r[key] for key in _KEYS) == of), None)
         rows.append(
             (
-                result["model"], result["weights"], result["device"],
+                *of,
                 f"{held['weights_bytes'] / 1e6:,.0f}" if held else "",
                 f"{held['kv_bytes_per_token']:,}" if held else "",
                 f"{short['ttft_s']['median'] * 1e3:.1f} ({short['prompt_tokens']} tokens)",
@@ -404,11 +410,6 @@ def hardware(results: list[Result]) -> str:
             for name, bandwidth in PEAK_BANDWIDTH.items()
         ),
     )  # fmt: skip
-
-
-def same(a: Result, b: Result) -> bool:
-    """Whether two results are of the same model, format and device."""
-    return all(a[key] == b[key] for key in ("model", "weights", "device"))
 
 
 MIXED = ("overview", "strategies", "hardware")  # made of several benchmarks' results

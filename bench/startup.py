@@ -50,9 +50,7 @@ def main() -> None:
     print(f"{path.name}, weights {args.weights}, on {where['device']}, jax {where['jax']}")
     print(f"first start, everything compiled: {first:.1f} s to the first token")
     print(f"later starts: {later['median']:.1f} s ({later['min']:.1f} - {later['max']:.1f}, {repeat} runs)")
-    common.emit(
-        {"bench": "startup", "model": path.name, **where, "first_start_s": first, "later_start_s": later}, args.json
-    )
+    common.emit({"bench": "startup", "model": path.name, **where, "first_start_s": first, "later_start_s": later}, args)
 
 
 if __name__ == "__main__":

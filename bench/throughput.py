@@ -53,7 +53,7 @@ def main() -> None:
     if args.plot:
         plot(measured["rows"], args.plot, f"{model.config.name}: prompts of 8 to {args.longest} tokens")
     common.finish(
-        model, ceilings, {"bench": "throughput", "repeat": args.repeat, "longest": args.longest, **measured}, args.json
+        model, ceilings, {"bench": "throughput", "repeat": args.repeat, "longest": args.longest, **measured}, args
     )
 
 
