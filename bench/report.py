@@ -110,6 +110,11 @@ def where(result: Result) -> str:
     return f"**{model}{result['device']}** (jax {result['jax']}, {result['date']}{bandwidth}{rate}{note})\n"
 
 
+def when(result: Result) -> str:
+    """What a line of a table was measured with; the device has a column."""
+    return f"jax {result['jax']}, {result['date']}"
+
+
 def ranged(values: dict[str, float], factor: float = 1.0, digits: int = 1) -> str:
     """A median with its range."""
     median, low, high = (f"{values[key] * factor:,.{digits}f}" for key in ("median", "min", "max"))
@@ -177,11 +182,12 @@ def throughput(result: Result) -> str:
 @sections
 def memory(result: Result) -> str:
     table = grid(
-        ("cache", "bytes", "by the formula", "decode's temporaries", f"prefill's, {result['chunk']} tokens"),
+        ("cache", "bytes", "by the formula", "decode's temporaries", f"prefill's, {result['chunk']} tokens",
+         "by the formula"),
         (
             (
                 row["cache_tokens"], f"{row['cache_bytes']:,}", f"{row['cache_formula_bytes']:,}",
-                f"{row['decode_temporary']:,}", f"{row['prefill_temporary']:,}",
+                f"{row['decode_temporary']:,}", f"{row['prefill_temporary']:,}", f"{row['workspace_formula_bytes']:,}",
             )
             for row in result["rows"]
         ),
@@ -199,13 +205,15 @@ def memory(result: Result) -> str:
             f" Loading {loading['file_bytes']:,} bytes of file: {seconds} s, the tensors alone {tensors} s, "
             f"{loading['bytes_s'] / 1e9:.2f} GB/s; {loading['host_bytes']:,} bytes of the host's memory at most."
         )
+    peak = "of the process" if result["device"].startswith("CPU") else "in use on the device"
+    text += f" At most {result['peak_bytes']:,} bytes {peak}." if result.get("peak_bytes") else ""
     return f"{text}\n\n{table}"
 
 
 def full_context(results: list[Result]) -> str:
     columns = (
         "model", "device", "context", "seconds, of which compiling", "cache, bytes", "temporaries at half of it",
-        "at all of it", "by the formula",
+        "at all of it", "by the formula", "measured with",
     )  # fmt: skip
     return grid(
         columns,
@@ -214,6 +222,7 @@ def full_context(results: list[Result]) -> str:
                 f"{result['model']}{', made tiny' if result['tiny'] else ''}", result["device"], result["context"],
                 f"{result['seconds']:.1f} ({result['compile_s']:.1f})", f"{result['cache_bytes']:,}",
                 *(f"{count:,}" for count in result["temporaries"]), f"{result['workspace_formula_bytes']:,}",
+                when(result),
             )
             for result in results
         ),
@@ -296,12 +305,15 @@ def compare(result: Result) -> str:
 
 def startup(results: list[Result]) -> str:
     return grid(
-        ("file", "device", "first start, s", "later starts, s"),
+        ("file", "device", "first start, s", "later starts, s", "measured with"),
         (
-            (result["model"], result["device"], f"{result['first_start_s']:.1f}", ranged(result["later_start_s"]))
+            (
+                result["model"], result["device"], f"{result['first_start_s']:.1f}", ranged(result["later_start_s"]),
+                when(result),
+            )
             for result in results
         ),
-    )
+    )  # fmt: skip
 
 
 @sections
@@ -327,11 +339,10 @@ def overview(results: list[Result]) -> str:
     rows = []
     single: dict[tuple[str, ...], list[Result]] = {}
     for result in (r for r in results if r["bench"] == "latency" and "requests" in r):
-        of = tuple(result[key] for key in _KEYS)
-        single.setdefault(of, []).extend(r for r in result["requests"] if kind(r)[::2] == (1, "greedy"))
+        requests = [row | {"measured": when(result)} for row in result["requests"] if kind(row)[::2] == (1, "greedy")]
+        if requests:
+            single.setdefault(tuple(result[key] for key in _KEYS), []).extend(requests)
     for of, requests in single.items():
-        if not requests:
-            continue
         short = min(requests, key=lambda row: row["prompt_tokens"])
         usual = min(requests, key=lambda row: abs(row["prompt_tokens"] - 128))
         held = next((r for r in results if r["bench"] == "memory" and tuple(r[key] for key in _KEYS) == of), None)
@@ -342,17 +353,21 @@ def overview(results: list[Result]) -> str:
                 f"{held['kv_bytes_per_token']:,}" if held else "",
                 f"{short['ttft_s']['median'] * 1e3:.1f} ({short['prompt_tokens']} tokens)",
                 f"{1e3 / usual['decode_tok_s']['median']:.2f}", f"{usual['decode_tok_s']['median']:,.1f}",
-                f"{usual['decode_tok_s']['median'] / usual['ceiling_tok_s']:.0%}",
+                f"{usual['decode_tok_s']['median'] / usual['ceiling_tok_s']:.0%}", usual["measured"],
             )
         )  # fmt: skip
     columns = ("model", "weights", "device", "weights, MB", "cache, bytes a token", "first token, ms", "ms a token",
-               "tok/s", "share of its ceiling")  # fmt: skip
+               "tok/s", "share of its ceiling", "measured with")  # fmt: skip
     return grid(columns, rows)
 
 
 def strategies(results: list[Result]) -> str:
     """What each way of going faster or smaller gave, where it was measured with and without."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
+
+    def add(what: str, of: str, result: Result, gave: str) -> None:
+        rows.append((what, of, result["device"], gave, when(result)))
+
     latencies = [r for r in results if r["bench"] == "latency" and "requests" in r]
     for result in latencies:
         of_model = [r for r in latencies if all(r[key] == result[key] for key in ("model", "device"))]
@@ -361,35 +376,32 @@ def strategies(results: list[Result]) -> str:
             for row in (row for row in result["requests"] if kind(row) in plain):
                 batch, prompt, sampling = kind(row)
                 gain = row["decode_tok_s"]["median"] / plain[kind(row)]["decode_tok_s"]["median"]
-                rows.append((f"int8 weights in place of {other['weights']}", result["model"], result["device"],
-                             f"{gain:.2f} x tokens a second (batch {batch}, prompt {prompt}, {sampling})"))  # fmt: skip
+                add(f"int8 weights in place of {other['weights']}", result["model"], result,
+                    f"{gain:.2f} x tokens a second (batch {batch}, prompt {prompt}, {sampling})")  # fmt: skip
     for result in (r for r in results if r["bench"] == "throughput" and "rows" in r):
         one = next((row for row in result["rows"] if row["batch"] == 1), None)
         best = max(result["rows"], key=lambda row: row["tok_s"]["median"])
         if one is not None:
             gain = best["tok_s"]["median"] / one["tok_s"]["median"]
-            rows.append((f"batches of {best['batch']}", f"{result['model']}, {result['weights']}", result["device"],
-                         f"{gain:.1f} x tokens a second in all"))  # fmt: skip
+            add(f"batches of {best['batch']}", f"{result['model']}, {result['weights']}", result,
+                f"{gain:.1f} x tokens a second in all")  # fmt: skip
     for result in (r for r in results if r["bench"] == "kernels"):
         found = {(row["op"], row["shape"], row["implementation"]): row for row in result["rows"] if "seconds" in row}
         for (op, shape, implementation), row in found.items():
             plain = found.get((op, shape, "xla"))
             if implementation != "xla" and row.get("baseline") == "separate" != implementation:
-                rows.append((f"{op} fused", shape, result["device"],
-                             f"{row['of_baseline']:.2f} x as fast as its parts"))  # fmt: skip
+                add(f"{op} fused", shape, result, f"{row['of_baseline']:.2f} x as fast as its parts")
             if implementation != "xla" and plain is not None and row["implementation"] != row.get("baseline"):
                 gain = plain["seconds"]["median"] / row["seconds"]["median"]
-                rows.append(
-                    (f"{op} as a {implementation} kernel", shape, result["device"], f"{gain:.2f} x as fast as XLA's")
-                )
+                add(f"{op} as a {implementation} kernel", shape, result, f"{gain:.2f} x as fast as XLA's")
     for result in (r for r in results if r["bench"] == "cache_policies"):
         full = result["rows"][0]
         for row in result["rows"][1:]:
             smaller = full["bytes"] / row["bytes"]
             loss = row["perplexity"] / full["perplexity"] - 1
-            rows.append((f"`{row['policy']}` cache", result["model"], result["device"],
-                         f"{smaller:.1f} x fewer bytes, perplexity {loss:+.2%}"))  # fmt: skip
-    return grid(("what", "model or shape", "device", "measured"), rows)
+            add(f"`{row['policy']}` cache", result["model"], result,
+                f"{smaller:.1f} x fewer bytes, perplexity {loss:+.2%}")  # fmt: skip
+    return grid(("what", "model or shape", "device", "it gave", "measured with"), rows)
 
 
 def kind(request: Result) -> tuple[int, int, str]:
