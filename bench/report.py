@@ -446,7 +446,7 @@ def plots(results: list[Result], folder: Path) -> None:
         shares = [{row["name"]: row["seconds"] / found["traced_s"] for row in found["components"]} for _, found in bars]
         for index, name in enumerate(COMPONENTS):
             widths = [share.get(name, 0.0) for share in shares]
-            colour = {"rest": "lightgrey", "gaps": "whitesmoke"}.get(name, f"C{index}")
+            colour = {"sampling": "black", "rest": "lightgrey", "gaps": "whitesmoke"}.get(name, f"C{index}")
             axes.barh([label for label, _ in bars], widths, left=left, label=name, color=colour)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes.legend(fontsize=7, ncol=4, loc="lower center", bbox_to_anchor=(0.5, -0.45))
