@@ -306,7 +306,7 @@ class RowsKernel(Frame):
         return stage.groups >= WARPS
 
     def _no_sums(self) -> Sequence[Scalar]:
-        return [t.constant(0.0, t.f32())] * (ROWS // 2)
+        return [t.constant(0.0, t.f32())] * 4
 
     def _add_group(
         self, stage: Stage, place: Scalar, index: Scalar, exists: Scalar, unit: Scalar, group: Scalar, part: Scalar,
@@ -323,13 +323,12 @@ class RowsKernel(Frame):
         with t.when(last):
             row, quarter = self.lane >> 2, self.lane & 3
             target = self.base + self.partial + index * (GROUP_ROWS * self.row_bytes) + row * self.row_bytes
-            for i in range(0, len(new), 2):
-                tile, half = divmod(i // 2, 2)
-                t.store_shared(target + quarter * 8, *new[i : i + 2], offset=32 * tile + 8 * self.row_bytes * half)
+            t.store_shared(target + quarter * 8, *new[:2])
+            t.store_shared(target + quarter * 8, *new[2:], offset=8 * self.row_bytes)
         return tuple(t.select(last, t.constant(0.0, t.f32()), x) for x in new)
 
     def _products(self, place: Scalar, part: Scalar, sums: Sequence[Scalar]) -> Sequence[Scalar]:
-        """`sums` and a warp's group's products: of rows lane / 4 and 8 on with two in each 8 rows of the batch."""
+        """`sums` and a warp's group's products: of rows lane / 4 and 8 on with two rows of the batch."""
         weights = self.base + self.ring + place * SLOT_BYTES + self.warp * GROUP_BYTES
         mine, row = weights + self.lane * 16, self.lane >> 2
         x = self.base + self.activations + row * self.stride + part * (2 * GROUP_INPUTS) + (self.lane & 3) * 16
@@ -345,12 +344,10 @@ class RowsKernel(Frame):
                 )
                 operands.append([upper[0], lower[0], upper[1], lower[1]])
             scale = t.unpack_halves(scales[block])
-            for tile in range(ROWS // 8):
-                inputs = t.load_shared(x, 4, offset=64 * block + 8 * self.stride * tile)
-                product = t.mma(operands[0], inputs[:2], [zero] * 4, "bf16")
-                product = t.mma(operands[1], inputs[2:], product, "bf16")
-                for i in range(4):
-                    new[4 * tile + i] = t.fma(product[i], scale[i // 2], new[4 * tile + i])
+            inputs = t.load_shared(x, 4, offset=64 * block)
+            product = t.mma(operands[0], inputs[:2], [zero] * 4, "bf16")
+            product = t.mma(operands[1], inputs[2:], product, "bf16")
+            new = [t.fma(product[i], scale[i // 2], new[i]) for i in range(4)]
         return new
 
     def _finisher_place(self) -> Scalar:
