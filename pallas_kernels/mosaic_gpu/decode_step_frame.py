@@ -90,9 +90,11 @@ class Frame:
             return start
 
         most = max(self._at_once(stage) * self._partials(stage) for stage in (*self.stages, self.logits))
-        self.partial = take(GROUP_ROWS * self.row_bytes * most)
         self.row_words = m.head_dim + 4  # of a head's output in shared memory, padded
-        self.outputs = take(4 * WARPS * self.group * self.row_words)
+        # Attention's outputs lie where partial sums do, of which there are none meanwhile.
+        self.partial = self.outputs = take(
+            max(GROUP_ROWS * self.row_bytes * most, 4 * WARPS * self.group * self.row_words)
+        )
         self.maxima = take(4 * WARPS * 8)
         self.sums = take(4 * WARPS * 8)
         self._lay_out_activations(take)
