@@ -39,9 +39,8 @@ from pallas_kernels.mosaic_gpu.decode_step_frame import (
 from pallas_kernels.mosaic_gpu.threads import Scalar
 
 MARKS = 0x00010001  # the bits of a word that number layers
-POLLED = 4  # pairs of features that a thread asks for at a time, or pieces of a head's output
+POLLED = 24  # features' results, of 16 bytes, that a thread asks for at a time: mostly all that it takes
 FEATURE = 2 * ROWS  # bytes of a feature's results
-ADDED = 4  # partial sums that are added up in a turn of a loop: long code is slow, as it is read anew in each layer
 
 
 def marks(tag: Any) -> Any:
@@ -194,13 +193,15 @@ class RowsKernel(Frame):
         t.synchronize_warp()
         return [[next(words) for _ in range(n)] for _, n in places]
 
-    def _wait_for_features(self, source: Scalar, pairs: int, mark: Scalar) -> None:
-        """Wait for one of the pairs of features that a thread will take, before it asks for all.
+    def _wait_for_features(self, source: Scalar, pairs: int, parts: int, mark: Scalar) -> None:
+        """Wait for a pair of features in each 256th of them, before threads ask for all.
 
         To look at all of them again and again would keep L2 from everything else.
         """
-        last = t.minimum(self.thread + pairs // self.threads * self.threads, pairs - 1)
-        self._wait_for([(source + (last * (2 * FEATURE)).wide(), 4)], mark)
+        own = (self.thread * pairs) // self.threads * (2 * FEATURE)
+        distance = self.model.d_model * FEATURE
+        self._wait_for([(source + (own + part * distance).wide(), 4) for part in range(parts)], mark)
+        t.synchronize(1, self.threads)
 
     def _take_features(self, places: Sequence[Scalar], mark: Scalar) -> list[list[Scalar]]:
         """All rows' results of the feature at each address, once they are there."""
@@ -251,23 +252,20 @@ class RowsKernel(Frame):
         the result."""
         m = self.model
         pairs = m.d_model // 2
-        together = min(POLLED // parts, -(-pairs // self.threads))
-        self._wait_for_features(source + (parts - 1) * m.d_model * FEATURE, pairs, mark)
-
-        def some(start: Scalar, *squares: Scalar) -> Sequence[Scalar]:
-            own = [start + self.thread + turn * self.threads for turn in range(together)]
-            near = [t.minimum(index, pairs - 1) for index in own]
-            factors = [[w.float() for w in t.load_global(scales + (index * 8).wide(), 2)] for index in near]
-            for i, (a, b) in enumerate(self._take_pairs(source, near, parts, mark)):
-                exists = own[i] < pairs
-                self._activate_pair(near[i], exists, [x * factors[i][0] for x in a], [x * factors[i][1] for x in b])
-                squares = tuple(
-                    s + t.select(exists, t.fma(x, x, y * y), 0.0) for s, x, y in zip(squares, a, b, strict=True)
-                )
-            return squares
-
-        zeros = [t.constant(0.0, t.f32())] * ROWS
-        squares = t.loop(0, t.kept(t.constant(pairs)), together * self.threads, zeros, some, rolled=True)
+        own = [self.thread + start for start in range(0, pairs, self.threads)]
+        near = [t.minimum(index, pairs - 1) for index in own]
+        # The scales may come from memory, behind weights: they are asked for before there is something to wait for.
+        factors = [[w.float() for w in t.load_global(scales + (index * 8).wide(), 2)] for index in near]
+        self._wait_for_features(source, pairs, parts, mark)
+        squares = [t.constant(0.0, t.f32())] * ROWS
+        together = POLLED // (2 * parts)
+        for start in range(0, len(own), together):
+            these = slice(start, start + together)
+            found = self._take_pairs(source, near[these], parts, mark)
+            for index, n, factor, (a, b) in zip(own[these], near[these], factors[these], found, strict=True):
+                exists = index < pairs
+                self._activate_pair(n, exists, [x * factor[0] for x in a], [x * factor[1] for x in b])
+                squares = [s + t.select(exists, t.fma(x, x, y * y), 0.0) for s, x, y in zip(squares, a, b, strict=True)]
         # Each exchange adds up two lanes' sums and leaves each with half of the rows, until a lane has one.
         distance = 16
         while len(squares) > 1:
@@ -360,21 +358,8 @@ class RowsKernel(Frame):
 
     def _added_up(self, place: Scalar, count: int, distance: int) -> list[Scalar]:
         """The sum of `count` times four float32, `distance` bytes apart."""
-
-        def some(place: Scalar, number: int) -> list[Scalar]:
-            parts = [[v.float() for v in t.load_shared(place, 4, offset=distance * i)] for i in range(number)]
-            return [t.total(list(values)) for values in zip(*parts, strict=True)]
-
-        rest = count % ADDED or ADDED
-        sums = some(place, rest)
-
-        def more(_: Scalar, place: Scalar, *sums: Scalar) -> Sequence[Scalar]:
-            return place + ADDED * distance, *(a + b for a, b in zip(sums, some(place, ADDED), strict=True))
-
-        turns = (count - rest) // ADDED
-        if turns:
-            _, *sums = t.loop(0, t.kept(t.constant(turns)), 1, [place + rest * distance, *sums], more, rolled=True)
-        return sums
+        parts = [[v.float() for v in t.load_shared(place, 4, offset=distance * i)] for i in range(count)]
+        return [t.total(list(values)) for values in zip(*parts, strict=True)]
 
     # What becomes of the results.
 
@@ -394,10 +379,11 @@ class RowsKernel(Frame):
         head, rotated, pair, within = self._place_in_head(unit, feature)
         at = head * m.head_dim + within
         (own_bias,) = t.load_global(bias + (at * 4).wide())
+        roots = self._roots()
 
         def finish(place: Scalar, valid: Scalar) -> None:
             results = []
-            for i, (value, root) in enumerate(zip(self._feature(place, self.stages[0]), self._roots(), strict=True)):
+            for i, (value, root) in enumerate(zip(self._feature(place, self.stages[0]), roots, strict=True)):
                 row = t.minimum(first + i, self.rows - 1)
                 value = t.fma(value, root, own_bias.float())
                 angle = self.base + self.angles + (pair + row * m.head_dim) * 4
@@ -447,9 +433,10 @@ class RowsKernel(Frame):
 
     def _swiglu(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
         feature, _ = self._own()
+        roots = self._roots()
 
         def finish(place: Scalar, valid: Scalar) -> None:
-            values = [v * root for v, root in zip(self._feature(place, self.stages[2]), self._roots(), strict=True)]
+            values = [v * root for v, root in zip(self._feature(place, self.stages[2]), roots, strict=True)]
             other = [t.shuffle_xor(value, 16) for value in values]
             results = [a * b * t.sigmoid(a) * (1 / SCALE) for a, b in zip(values, other, strict=True)]
             with t.when(valid), t.when(feature < 8):
@@ -460,25 +447,24 @@ class RowsKernel(Frame):
     def _hidden(self, source: Scalar, part: Scalar) -> None:
         """One part of the hidden features as activations."""
         pairs = self.model.d_ff // 2 // DOWN_SPLIT
-        together = min(POLLED, -(-pairs // self.threads))
         base = source + (part * (pairs * 2 * FEATURE)).wide()
-        self._wait_for_features(base, pairs, self.mark)
-
-        def some(start: Scalar) -> Sequence[Scalar]:
-            own = [start + self.thread + turn * self.threads for turn in range(together)]
-            near = [t.minimum(index, pairs - 1) for index in own]
-            for index, n, (a, b) in zip(own, near, self._take_pairs(base, near, 1, self.mark), strict=True):
+        self._wait_for_features(base, pairs, 1, self.mark)
+        own = [self.thread + start for start in range(0, pairs, self.threads)]
+        near = [t.minimum(index, pairs - 1) for index in own]
+        together = POLLED // 2
+        for start in range(0, len(own), together):
+            these = slice(start, start + together)
+            found = self._take_pairs(base, near[these], 1, self.mark)
+            for index, n, (a, b) in zip(own[these], near[these], found, strict=True):
                 self._activate_pair(n, index < pairs, a, b)
-            return ()
-
-        t.loop(0, t.kept(t.constant(pairs)), together * self.threads, [], some, rolled=True)
 
     def _logits(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
         feature, first = self._own()
         at = self.result + ((unit * GROUP_ROWS + feature) * 4).wide()
+        roots = self._roots()
 
         def finish(place: Scalar, valid: Scalar) -> None:
-            values = [v * root for v, root in zip(self._feature(place, self.logits), self._roots(), strict=True)]
+            values = [v * root for v, root in zip(self._feature(place, self.logits), roots, strict=True)]
             for i, value in enumerate(values):
                 with t.when(valid), t.when(first + i < self.rows):
                     t.store_global(at + ((first + i) * (4 * self.model.vocab_size)).wide(), value)
@@ -567,13 +553,16 @@ class RowsKernel(Frame):
 
     def _merge(self, source: Scalar) -> None:
         """The chunks' outputs, weighted, as activations of the output projection."""
+        m = self.model
         if self.chunks > 1:
             self._weigh_chunks(source)
-            t.synchronize(1, self.threads)
-        m = self.model
+        else:  # one piece of each output first, as in `_wait_for_features`
+            output = (self.thread * (self.rows * m.n_heads)) // self.threads
+            self._wait_for([(source + (output * (2 * m.head_dim) + self.places.attention).wide(), 4)], self.mark)
+        t.synchronize(1, self.threads)
         each = m.head_dim // 8  # pieces of a head's output
         items = self.rows * m.n_heads * each
-        together = min(POLLED, -(-items // self.threads))
+        together = min(POLLED // 2, -(-items // self.threads))
 
         def some(start: Scalar) -> Sequence[Scalar]:
             own = [start + self.thread + turn * self.threads for turn in range(together)]
