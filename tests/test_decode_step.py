@@ -324,6 +324,11 @@ SIMULATED_ROWS = {
     ),
     "groups for each warp": (replace(SIZES, d_ff=2048, d_model=1024, n_layers=1), 24, (3, 20, 9, 0)),
     "chunks": (replace(SIZES, d_ff=512, n_layers=3, n_kv_heads=1), 2304, (1500, 3, 2303, 700)),
+    "two units at a time": (
+        replace(SIZES, d_ff=512, n_layers=1, d_model=384, n_kv_heads=4, head_dim=96, window=400),
+        600,
+        (599, 300, 0, 128, 511, 127, 450, 31),
+    ),
     "a ring": (replace(SIZES, d_ff=512, window=24, ring=True), 24, (5, 23, 24, 77)),
 }
 
@@ -331,7 +336,7 @@ SIMULATED_ROWS = {
 @pytest.mark.parametrize("case", SIMULATED_ROWS)
 def test_the_kernel_s_threads_compute_a_step_of_rows(simulated, monkeypatch, case):
     sizes, length, positions = SIMULATED_ROWS[case]
-    if sizes.d_model == 1024:
+    if sizes.d_model == 1024 or length > 24:  # more blocks, so that the ring holds what each one streams
         kernels = pytest.importorskip("pallas_kernels.mosaic_gpu.decode_step")
         monkeypatch.setattr(kernels, "processors", lambda: 64)
     check_rows(sizes, length, positions, jit=False)

@@ -65,6 +65,7 @@ class Frame:
     row_bytes = 4  # of a partial sum of a row of weights
     finishers = GROUP_ROWS  # threads that see to a unit's results
     chunks: int  # the most that a head's keys are split into
+    attended = 1  # units of attention that a block sees to at a time
     position: Scalar  # of the row that is attended to
     keys: Scalar  # the layer's, in the cache
     values: Scalar
@@ -93,14 +94,14 @@ class Frame:
         self.row_words = m.head_dim + 4  # of a head's output in shared memory, padded
         # Attention's outputs lie where partial sums do, of which there are none meanwhile.
         self.partial = self.outputs = take(
-            max(GROUP_ROWS * self.row_bytes * most, 4 * WARPS * self.group * self.row_words)
+            max(GROUP_ROWS * self.row_bytes * most, self.attended * 4 * WARPS * self.group * self.row_words)
         )
-        self.maxima = take(4 * WARPS * 8)
-        self.sums = take(4 * WARPS * 8)
+        self.maxima = take(self.attended * 4 * WARPS * 8)
+        self.sums = take(self.attended * 4 * WARPS * 8)
         self._lay_out_activations(take)
-        self.queries = take(2 * 8 * m.head_dim)
-        self.new_key = take(2 * m.head_dim)
-        self.new_value = take(2 * m.head_dim)
+        # Of a unit of attention: queries, padded to eight, the new key and the new value.
+        self.new_key, self.new_value, self.query_bytes = (2 * m.head_dim * n for n in (8, 9, 10))
+        self.queries = take(self.attended * self.query_bytes)
         self.angles = take(4 * m.head_dim * self.rows)
         self.pointers = take(16 * m.n_layers)
         self.barriers = take(16 * 64)
@@ -129,7 +130,7 @@ class Frame:
         self.norm, self.head = t.global_address(weights.norm), t.global_address(weights.head)
         self._take_positions(t.global_address(position))
         self.first_tag = t.load_global(t.global_address(step))[0] * m.n_layers + 1
-        full, empty = self.base + self.barriers, self.base + self.barriers + 512
+        self.full, self.empty = full, empty = self.base + self.barriers, self.base + self.barriers + 512
         with t.when(self.thread.equals(0)):
             for slot in range(self.slots):
                 t.init_barrier(full + 8 * slot, 1)
@@ -143,19 +144,19 @@ class Frame:
             t.store_shared(self.base + self.angles + index * 4, *t.load_global(angles + (index * 4).wide()))
 
         self._each(self.rows * m.head_dim, take_angle)
-        zeros = 4 * m.head_dim  # words of the queries
-        with t.when(self.thread < min(zeros, self.threads)):
-            for i in range(0, zeros, self.threads):
-                t.store_shared(self.base + self.queries + (self.thread + i) * 4, t.constant(0))
+        # There are no queries where a group has less than eight.
+        self._each(
+            self.attended * self.query_bytes // 4,
+            lambda index: t.store_shared(self.base + self.queries + index * 4, t.constant(0)),
+        )
         t.synchronize(0, self.threads + 128)
         own, rest = self._registers()
         with t.when(self.thread >= self.threads):
             t.set_registers("dec", rest)
             with t.when(self.thread.equals(self.threads)):
-                self._produce(full, empty)
+                self._produce()
         with t.when(self.thread < self.threads):
             t.set_registers("inc", own)
-            self.full, self.empty = full, empty
             self._consume(t.global_address(x))
 
     # What the kernels for one row and for few do their own way.
@@ -195,6 +196,10 @@ class Frame:
         """Where this thread's first partial sum is among those of its unit."""
         raise NotImplementedError
 
+    def _stream_keys(self, index: Scalar, turn: Scalar, count: Scalar) -> Scalar:
+        """Stream a layer's keys and values through the ring too, where attention takes them from there."""
+        return count
+
     def _no_sums(self) -> Sequence[Scalar]:
         """What a warp starts to add up with, from slot to slot."""
         return ()
@@ -221,7 +226,13 @@ class Frame:
         moved = turn + (blocks - stage.units % blocks)
         return t.select(moved < blocks, moved, moved - blocks)
 
-    def _produce(self, full: Scalar, empty: Scalar) -> None:
+    def _empty_slot(self, count: Scalar) -> tuple[Scalar, Scalar]:
+        """The ring's slot number `count`, once it is empty, and the barrier that counts what comes in."""
+        place, lap = count % self.slots, count // self.slots
+        t.wait(self.empty + place * 8, (lap & 1) ^ 1)
+        return self.base + self.ring + place * SLOT_BYTES, self.full + place * 8
+
+    def _produce(self) -> None:
         """Stream the block's weights through the ring; one thread."""
         model = self.model
 
@@ -232,12 +243,9 @@ class Frame:
                 source = base + (first * stage.groups + stage.first).wide() * GROUP_BYTES
 
                 def slot(i: Scalar, count: Scalar) -> Sequence[Scalar]:
-                    place, lap = count % self.slots, count // self.slots
+                    target, barrier = self._empty_slot(count)
                     size = t.minimum(total - i, SLOT_GROUPS) * GROUP_BYTES
-                    barrier = full + place * 8
-                    t.wait(empty + place * 8, (lap & 1) ^ 1)
                     t.arrive_expecting(barrier, size)
-                    target = self.base + self.ring + place * SLOT_BYTES
                     t.copy_to_shared(target, source + i.wide() * GROUP_BYTES, size, barrier)
                     return (count + 1,)
 
@@ -249,6 +257,8 @@ class Frame:
             base = self.weights + index.wide() * (self.layer_groups * GROUP_BYTES)
             for stage in self.stages:
                 count = stream(stage, base, turn, count)
+                if stage == self.stages[0]:
+                    count = self._stream_keys(index, turn, count)
                 turn = self._next(stage, turn)
             return turn, count
 
@@ -367,42 +377,25 @@ class Frame:
         passes = (blocks + (self.chunks - 1)) // self.chunks
         return low, start, passes, (blocks + passes - 1) // passes
 
-    def _attend_chunk(
-        self, base: Scalar, start: Scalar, passes: Scalar, low: Scalar, take_queries: Callable[[], None]
-    ) -> None:
-        """Leave each warp's outputs for so many passes over keys from `start` on, of which it takes 16 of a pass.
+    def _nothing_attended(self) -> list[Scalar]:
+        """What a warp starts with: the greatest score, the lane's sum of weights, and the weighted values."""
+        return [t.constant(MASKED, t.f32()), *[t.constant(0.0, t.f32())] * (1 + self.model.head_dim // 4)]
 
-        The keys and values lie `base` bytes into the layer's.
-        """
-        m, keys = self.model, KEYS * WARPS
-        mine = start + self.warp * KEYS
-        tiles = m.head_dim // 8
-        zero, masked = t.constant(0.0, t.f32()), t.constant(MASKED, t.f32())
-        found = self._fetch(base, mine)  # before the queries are there
-        take_queries()
-        t.synchronize(1, self.threads)
-
-        def attend(i: Scalar, *carry: Scalar) -> Sequence[Scalar]:
-            found, state = carry[: -2 * tiles - 2], carry[-2 * tiles - 2 :]
-            key = mine + i * keys
-            following = self._fetch(base, key + keys)  # on its way while these are used
-            return *following, *self._attend_16(found, key, low, state)
-
-        carry = t.loop(0, passes, 1, [*found, masked, zero, *[zero] * (2 * tiles)], attend)
-        top, total, *output = carry[len(found) :]
+    def _leave(self, state: Sequence[Scalar], place: Scalar | int = 0) -> None:
+        """Leave what a warp has attended to in shared memory, as the output of the block's unit number `place`."""
+        top, total, *output = state
         for distance in (1, 2):
             total = total + t.shuffle_xor(total, distance)
-        row = self.lane >> 2
+        row, warp = self.lane >> 2, self.warp + place * WARPS
         with t.when(row < self.group):
-            place = (self.warp * 8 + row) * 4 + self.base
-            t.store_shared(place, top, offset=self.maxima)
-            t.store_shared(place, total, offset=self.sums)
-            target = self.base + self.outputs + (self.warp * self.group + row) * (4 * self.row_words)
-            for tile in range(tiles):
+            at = (warp * 8 + row) * 4 + self.base
+            t.store_shared(at, top, offset=self.maxima)
+            t.store_shared(at, total, offset=self.sums)
+            target = self.base + self.outputs + (warp * self.group + row) * (4 * self.row_words)
+            for tile in range(self.model.head_dim // 8):
                 first, second = self._columns(tile)
                 t.store_shared(target + first * 4, output[2 * tile])
                 t.store_shared(target + second * 4, output[2 * tile + 1])
-        t.synchronize(1, self.threads)
 
     def _columns(self, tile: int) -> tuple[Scalar, Scalar]:
         """The two dimensions of a head that this lane's two columns of an output tile are."""
@@ -421,33 +414,31 @@ class Frame:
             of_value.append((row * 8 + width // 64 * 128, 2))
         return [(row + d, of_key) for d in (0, 8)] + [(quad * 2 + d, of_value) for d in (0, 1, 8, 9)]
 
-    def _fetch(self, base: Scalar, key: Scalar) -> list[Scalar]:
-        """The words of `_pieces` of 16 keys and values from `key` on, from the cache."""
-        result = []
-        for i, (row, pieces) in enumerate(self._pieces()):
-            at = key + row
-            start = self._slot(t.select(at >= self.position, t.constant(0), at)) * (2 * self.model.head_dim)
-            cache = (self.keys if i < 2 else self.values) + base
-            result += [w for at, n in pieces for w in t.load_global(cache + (start + at).wide(), n)]
-        return result
-
     def _attend_16(
-        self, found: Sequence[Scalar], key: Scalar, low: Scalar, state: Sequence[Scalar]
+        self, found: Sequence[Scalar], key: Scalar, low: Scalar, queries: Scalar, state: Sequence[Scalar]
     ) -> Sequence[Scalar]:
         """A warp's online softmax over 16 keys from `key` on: rows are the group's heads.
 
-        `state` is the greatest score so far, the lane's sum of weights, and the weighted values.
+        `found` are the words of `_pieces`, where they are in the cache and can be seen; `queries` is where the unit's
+        are in shared memory, with the new key and value; `state` begins as `_nothing_attended`.
         """
         m = self.model
         row, quad = self.lane >> 2, self.lane & 3
         top, total, *output = state
         zero = t.constant(0)
-        rows, words = [], iter(found)
-        for i, (at, pieces) in enumerate(self._pieces()):
-            # This step's key is not in the cache yet, and later ones are never seen.
-            is_new, new = (key + at) >= self.position, self.new_key if i < 2 else self.new_value
-            fresh = [w for at, n in pieces for w in t.load_shared(self.base + at, n, offset=new)]
-            rows.append([t.select(is_new, a, b) for a, b in zip(fresh, words, strict=False)])
+        visible = self.position - low
+
+        def with_new() -> Sequence[Scalar]:
+            # This step's key is not in the cache yet; what is out of sight weighs nothing, if it is a number.
+            words, result = iter(found), []
+            for i, (at, pieces) in enumerate(self._pieces()):
+                outside, new = (key + at - low) >= visible, self.new_key if i < 2 else self.new_value
+                fresh = [w for at, n in pieces for w in t.load_shared(queries + at, n, offset=new)]
+                result += [t.select(outside, a, b) for a, b in zip(fresh, words, strict=False)]
+            return result
+
+        words = iter(t.either((key < low) | (self.position < key + KEYS), with_new, found))
+        rows = [[next(words) for _, n in pieces for _ in range(n)] for _, pieces in self._pieces()]
         k, v = rows[:2], rows[2:]
         value_keys = [key + (quad * 2 + d) for d in (0, 1, 8, 9)]
 
@@ -455,15 +446,15 @@ class Frame:
         for half in range(2):
             c = [t.constant(0.0, t.f32())] * 4
             for block in range(m.head_dim // 32):
-                q = t.load_shared(self.base + self.queries + row * (2 * m.head_dim) + quad * 16, 4, offset=64 * block)
+                q = t.load_shared(queries + row * (2 * m.head_dim) + quad * 16, 4, offset=64 * block)
                 for step in (0, 2):
                     first = 4 * block + step
                     c = t.mma([q[step], zero, q[step + 1], zero], k[half][first : first + 2], c, "bf16")
             scores += c[:2]
-        visible = self.position - low + 1
         scale = m.head_dim**-0.5 * _LOG2E
         scores = [
-            t.select((at - low) < visible, score * scale, MASKED) for at, score in zip(value_keys, scores, strict=True)
+            t.select((at - low) < visible + 1, score * scale, MASKED)
+            for at, score in zip(value_keys, scores, strict=True)
         ]
         new_top = functools.reduce(t.maximum, scores, top)
         for distance in (1, 2):

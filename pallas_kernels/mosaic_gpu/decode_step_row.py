@@ -339,10 +339,39 @@ class RowKernel(Frame):
         unit = (self.blocks - 1) - turn  # blocks without a unit of q|k|v first
         with t.when(unit < chunks * m.n_kv_heads):
             head, chunk = unit % m.n_kv_heads, unit // m.n_kv_heads
-            base = (head * self.length).wide() * (2 * m.head_dim)
-            start = start + chunk * passes * (KEYS * WARPS)
-            self._attend_chunk(base, start, passes, low, lambda: self._take_queries(head))
+            self._attend_chunk(head, start + chunk * passes * (KEYS * WARPS), passes, low)
             self._each(self.group * m.head_dim // 2, lambda index: self._combine(index, head, chunk))
+
+    def _attend_chunk(self, head: Scalar, start: Scalar, passes: Scalar, low: Scalar) -> None:
+        """Leave each warp's outputs for so many passes over a head's keys from `start` on, of which it takes 16 of a
+        pass."""
+        m, keys = self.model, KEYS * WARPS
+        base = (head * self.length).wide() * (2 * m.head_dim)
+        mine = start + self.warp * KEYS
+        found = self._fetch(base, mine)  # before the queries are there
+        self._take_queries(head)
+        t.synchronize(1, self.threads)
+        nothing = self._nothing_attended()
+
+        def attend(i: Scalar, *carry: Scalar) -> Sequence[Scalar]:
+            found, state = carry[: -len(nothing)], carry[-len(nothing) :]
+            key = mine + i * keys
+            following = self._fetch(base, key + keys)  # on its way while these are used
+            return *following, *self._attend_16(found, key, low, self.base + self.queries, state)
+
+        carry = t.loop(0, passes, 1, [*found, *nothing], attend)
+        self._leave(carry[len(found) :])
+        t.synchronize(1, self.threads)
+
+    def _fetch(self, base: Scalar, key: Scalar) -> list[Scalar]:
+        """The words of `_pieces` of 16 keys and values from `key` on, from the cache."""
+        result = []
+        for i, (row, pieces) in enumerate(self._pieces()):
+            at = key + row
+            start = self._slot(t.select(at >= self.position, t.constant(0), at)) * (2 * self.model.head_dim)
+            cache = (self.keys if i < 2 else self.values) + base
+            result += [w for at, n in pieces for w in t.load_global(cache + (start + at).wide(), n)]
+        return result
 
     def _take_queries(self, head: Scalar) -> None:
         """The group's queries and the new key and value, as bfloat16."""
@@ -362,10 +391,10 @@ class RowKernel(Frame):
             with t.when(index < pairs):
                 row, pair = index // each, index % each
                 word = t.permute_bytes(values[2 * i], values[2 * i + 1], 0x7632)
-                target = t.select(row < self.group, row * (2 * m.head_dim) + self.queries, 0)
+                target = t.select(row < self.group, row * (2 * m.head_dim), 0)
                 target = t.select(row.equals(self.group), t.constant(self.new_key), target)
                 target = t.select(row.equals(self.group + 1), t.constant(self.new_value), target)
-                t.store_shared(self.base + target + pair * 4, word)
+                t.store_shared(self.base + target + pair * 4, word, offset=self.queries)
 
     def _combine(self, index: Scalar, head: Scalar, chunk: Scalar) -> None:
         """The warps' outputs for a pair of a head's dimensions: hand on their mean, and its weight's logarithm."""

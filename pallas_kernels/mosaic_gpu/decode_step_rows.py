@@ -10,6 +10,10 @@ Handing on. A feature's results are float16, one a row. Every 32-bit word of the
 number the layer, in place of the lowest bit of each half, so that a reader knows each word by itself: what lay there
 before is from two layers ago, or from none. All words are written in every layer, by those who have nothing to say too.
 The residual stream is not kept by the blocks: who makes a feature of a layer's sums adds what came before.
+
+Attention. The keys and values that the cache has depend on nothing that the step makes, so they come through the ring,
+between the weights of q|k|v and those of the output projection: they are there when the queries are, and memory does
+not pause. Teams of warps take the ring's slots in turn.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ from pallas_kernels.mosaic_gpu.threads import Scalar
 
 MARKS = 0x00010001  # the bits of a word that number layers
 POLLED = 24  # features' results, of 16 bytes, that a thread asks for at a time: mostly all that it takes
+ATTENDED = 4  # the most units of attention that a block sees to at a time
 FEATURE = 2 * ROWS  # bytes of a feature's results
 
 
@@ -63,9 +68,16 @@ class RowsKernel(Frame):
     def __init__(self, sizes: DecoderSizes, blocks: int, length: int, rows: int) -> None:
         self.rows, self.chunks = rows, sizes.chunks_of(rows)
         self.row_bytes, self.finishers = 4 * ROWS, ROWS // 4 * GROUP_ROWS
+        self.pairs = self.rows * sizes.n_kv_heads  # of a row and a key head
+        self.attended = min(ATTENDED, -(-self.pairs * self.chunks // blocks))
+        # A slot of the ring has the keys and values of a power of two of tokens, 16 for each warp of a team.
+        fit = SLOT_BYTES // (4 * sizes.head_dim)
+        self.slot_keys = min(KEYS * WARPS, 1 << (fit.bit_length() - 1))
         super().__init__(sizes, blocks, length)
         self.places = HandoverOfRows.of(sizes, rows)
-        self.pairs = self.rows * sizes.n_kv_heads  # of a row and a key head
+        self.team = self.slot_keys // KEYS
+        if not 1 <= WARPS // max(1, self.team) <= self.slots:
+            raise NotImplementedError(f"keys of {sizes.head_dim} in a ring of {self.slots} slots")
 
     def _at_once(self, stage: Stage) -> int:
         return min(super()._at_once(stage), self.threads // self.finishers)
@@ -145,7 +157,7 @@ class RowsKernel(Frame):
             self._normal(self.before, DOWN_SPLIT, marks(self.tag - 1), vectors)
             bias = vectors + 4 * 2 * m.d_model
             count = self._products_of(stages[0], turn, count, lambda unit: self._qkv(unit, bias))
-            self._attend(turn)
+            count = self._attend(turn, count)
             turn = self._next(stages[0], turn)
 
             share = self._share(stages[1], turn)
@@ -473,55 +485,164 @@ class RowsKernel(Frame):
 
     # Attention.
 
-    def _attend(self, turn: Scalar) -> None:
-        """Chunks of the keys of rows and key heads, in turn; each warp takes 16 keys of a pass."""
+    def _unit(self, unit: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+        """Of a unit of attention, a chunk of a row's keys of a head: row, key head, chunk, and whether there are such
+        keys; `position` becomes the row's."""
+        pair, chunk = unit % self.pairs, unit // self.pairs
+        row, head = pair // self.model.n_kv_heads, pair % self.model.n_kv_heads
+        self.position = self._position(row)
+        return row, head, chunk, chunk < self._span()[3]
 
-        def unit(unit: Scalar) -> Sequence[Scalar]:
-            pair, chunk = unit % self.pairs, unit // self.pairs
-            row, head = pair // self.model.n_kv_heads, pair % self.model.n_kv_heads
-            self.position = self._position(row)
-            low, start, passes, chunks = self._span()
-            with t.when(chunk < chunks):
-                base = (pair * self.length).wide() * (2 * self.model.head_dim)
-                begin = start + chunk * passes * (KEYS * WARPS)
-                self._attend_chunk(base, begin, passes, low, lambda: self._take_queries_of(head, row))
-            items = self.group * self.model.head_dim // 4
-            self._each(items, lambda index: self._combine_of(index, head, chunk, row, chunk < chunks))
-            return ()
+    def _keys_of(self, unit: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+        """Of a unit: its row's first visible key, the first key of its chunk, and its slots of the ring."""
+        _, _, chunk, exists = self._unit(unit)
+        low, start, passes, _ = self._span()
+        begin = start + chunk * passes * (KEYS * WARPS)
+        keys = t.minimum(self.position + 1 - begin, passes * (KEYS * WARPS))
+        return low, begin, t.select(exists, (keys + (self.slot_keys - 1)) // self.slot_keys, 0)
 
-        # Blocks without a unit of q|k|v first.
-        t.loop((self.blocks - 1) - turn, self.pairs * self.chunks, self.blocks, [], unit, rolled=True)
+    def _units_from(self, turn: Scalar) -> tuple[Scalar, int]:
+        """A block's first unit, and how many there are of all; blocks without a unit of q|k|v come first."""
+        return (self.blocks - 1) - turn, self.pairs * self.chunks
 
-    def _take_queries_of(self, head: Scalar, row: Scalar) -> None:
-        """The group's queries and the new key and value of a row, as bfloat16."""
+    def _stream_keys(self, index: Scalar, turn: Scalar, count: Scalar) -> Scalar:
+        m = self.model
+        self._enter_layer(index)
+        each = 2 * m.head_dim  # bytes of a key, or of a value
+
+        def unit(unit: Scalar, count: Scalar) -> Sequence[Scalar]:
+            low, begin, slots = self._keys_of(unit)
+            base = (unit % self.pairs * self.length).wide() * each
+
+            def slot(i: Scalar, count: Scalar) -> Sequence[Scalar]:
+                target, barrier = self._empty_slot(count)
+                first = begin + i * self.slot_keys
+                start = t.maximum_unsigned(first, low)
+                end = t.minimum(first + self.slot_keys, self.position)
+                keys = t.select(start < end, end - start, 0)
+                t.arrive_expecting(barrier, keys * (2 * each))
+                target = target + (start - first) * each
+                place = self._slot(start)
+                before = t.minimum(keys, self.length - place) if m.ring else keys  # of the end of a ring
+                for cache, offset in ((self.keys, 0), (self.values, self.slot_keys * each)):
+                    with t.when(keys.differs(0)):
+                        source = cache + base + (place * each).wide()
+                        t.copy_to_shared(target + offset, source, before * each, barrier, once=False)
+                    if m.ring:
+                        with t.when(before < keys):
+                            rest = target + offset + before * each
+                            t.copy_to_shared(rest, cache + base, (keys - before) * each, barrier, once=False)
+                return (count + 1,)
+
+            return t.loop(0, slots, 1, [count], slot)
+
+        first, units = self._units_from(turn)
+        return t.loop(first, units, self.blocks, [count], unit)[0]
+
+    def _attend(self, turn: Scalar, count: Scalar) -> Scalar:
+        """Chunks of the keys of rows and key heads, some at a time; gives the count of the ring's slots after them."""
+        m = self.model
+        first, units = self._units_from(turn)
+
+        def some(first: Scalar, count: Scalar) -> Sequence[Scalar]:
+            exist = [self._unit(t.minimum(unit, units - 1))[3] & (unit < units) for unit in self._together(first)]
+
+            def attend() -> Sequence[Scalar]:
+                self._take_queries(first)
+                t.synchronize(1, self.threads)
+
+                def unit(place: Scalar, count: Scalar) -> Sequence[Scalar]:
+                    return (self._attend_unit(first + place * self.blocks, place, count),)
+
+                present = t.minimum((units - 1 - first) // self.blocks + 1, self.attended)
+                found = t.loop(0, present, 1, [count], unit, rolled=True)
+                t.synchronize(1, self.threads)
+                return found
+
+            count = t.either(functools.reduce(lambda a, b: a | b, exist), attend, [count])[0]
+            items = self.group * m.head_dim // 4
+
+            def combine(index: Scalar) -> None:
+                place = index // items
+                unit = first + place * self.blocks
+                with t.when(unit < units):
+                    self._combine_of(index % items, place, *self._unit(unit))
+
+            self._each(self.attended * items, combine)
+            return (count,)
+
+        return t.loop(first, units, self.attended * self.blocks, [count], some, rolled=True)[0]
+
+    def _together(self, first: Scalar) -> list[Scalar]:
+        """The units that a block sees to together with its unit `first`."""
+        return [first + place * self.blocks for place in range(self.attended)]
+
+    def _attend_unit(self, unit: Scalar, place: Scalar, count: Scalar) -> Scalar:
+        """Leave each warp's outputs for a unit; teams of warps take the ring's slots in turn.
+
+        A team waits until a slot's last load is used up, and then for this one: others may be two laps apart.
+        """
+        m, teams = self.model, WARPS // self.team
+        low, begin, slots = self._keys_of(unit)
+        mine, within = self.warp // self.team, self.warp % self.team * KEYS
+        queries = self.base + self.queries + place * self.query_bytes
+
+        def slot(number: Scalar, *carry: Scalar) -> Sequence[Scalar]:
+            at, parity = number % self.slots, number // self.slots & 1
+            t.wait(self.empty + at * 8, parity ^ 1)
+            t.wait(self.full + at * 8, parity)
+            source = self.base + self.ring + at * SLOT_BYTES + within * (2 * m.head_dim)
+            found = []
+            for i, (row, pieces) in enumerate(self._pieces()):
+                start = source + row * (2 * m.head_dim)
+                offset = 0 if i < 2 else self.slot_keys * 2 * m.head_dim
+                found += [w for at_, n in pieces for w in t.load_shared(start + at_, n, offset=offset)]
+            key = begin + (number - count) * self.slot_keys + within
+            state = self._attend_16(found, key, low, queries, carry)
+            t.synchronize_warp()
+            with t.when(self.lane.equals(0)):
+                t.arrive(self.empty + at * 8, teams)
+            return state
+
+        first = count + ((mine - count) & (teams - 1))
+        self._leave(t.loop(first, count + slots, teams, self._nothing_attended(), slot), place)
+        return count + slots
+
+    def _take_queries(self, first: Scalar) -> None:
+        """The groups' queries and the new keys and values of the units from `first` on, as bfloat16."""
         m = self.model
         each = m.head_dim // 2
         pairs = (self.group + 2) * each
-        odd, which = (row & 1).differs(0), row >> 1
-        indices = [self.thread + start for start in range(0, pairs, self.threads)]
-        near = [t.minimum(index, pairs - 1) for index in indices]
-        places = []
-        for index in near:
+        indices = [self.thread + start for start in range(0, self.attended * pairs, self.threads)]
+        targets, rows, places = [], [], []
+        for index in indices:
+            place, index = index // pairs, index % pairs
+            unit = t.minimum(first + place * self.blocks, self.pairs * self.chunks - 1) % self.pairs
+            row, head = unit // m.n_kv_heads, unit % m.n_kv_heads
             own, pair = index // each, index % each
             new = m.n_heads + (own - self.group) * m.n_kv_heads
             source = t.select(own < self.group, head * self.group + own, new + head)
-            place = self.here + ((source * each + pair) * (2 * FEATURE)).wide() + self.places.qkv
-            places += [(place, 4), (place + FEATURE, 4)]
+            word = self.here + ((source * each + pair) * (2 * FEATURE)).wide() + self.places.qkv
+            places += [(word, 4), (word + FEATURE, 4)]
+            rows.append(row)
+            # Behind the queries are the new key and value, the queries padded to eight.
+            skipped = t.select(own < self.group, t.constant(0), 8 - self.group)
+            targets.append(place * self.query_bytes + (own + skipped) * (2 * m.head_dim) + pair * 4)
         halves = []
-        for words in self._wait_for(places, self.mark):
+        for i, words in enumerate(self._wait_for(places, self.mark)):
+            odd, which = (rows[i // 2] & 1).differs(0), rows[i // 2] >> 1
             word = t.select(which < 2, t.select(which.equals(0), words[0], words[1]),
                             t.select(which.equals(2), words[2], words[3]))  # fmt: skip
             low, high = t.unpack_halves(word)
             halves.append(t.select(odd, high, low) * SCALE)
         for i, index in enumerate(indices):
-            own, pair = near[i] // each, near[i] % each
-            with t.when(index < pairs):
-                target = t.select(own < self.group, own * (2 * m.head_dim) + self.queries, 0)
-                target = t.select(own.equals(self.group), t.constant(self.new_key), target)
-                target = t.select(own.equals(self.group + 1), t.constant(self.new_value), target)
-                t.store_shared(self.base + target + pair * 4, t.pack_bf16(*halves[2 * i : 2 * i + 2]))
+            with t.when(index < self.attended * pairs):
+                target = self.base + self.queries + targets[i]
+                t.store_shared(target, t.pack_bf16(*halves[2 * i : 2 * i + 2]))
 
-    def _combine_of(self, index: Scalar, head: Scalar, chunk: Scalar, row: Scalar, exists: Scalar) -> None:
+    def _combine_of(
+        self, index: Scalar, place: Scalar, row: Scalar, head: Scalar, chunk: Scalar, exists: Scalar
+    ) -> None:
         """The warps' outputs for four of a head's dimensions: hand on their mean, and its weight's logarithm; or that
         there is none."""
         m = self.model
@@ -529,15 +650,15 @@ class RowsKernel(Frame):
         query, four = index // each, index % each
 
         def combined() -> Sequence[Scalar]:
-            statistics = self.base + query * 4
+            statistics = self.base + query * 4 + place * (32 * WARPS)
             tops = [t.load_shared(statistics, offset=self.maxima + 32 * w)[0].float() for w in range(WARPS)]
             top = functools.reduce(t.maximum, tops)
-            place = self.base + self.outputs + query * (4 * self.row_words) + four * 16
+            outputs = self.base + self.outputs + (place * (WARPS * self.group) + query) * (4 * self.row_words)
             total, values = t.constant(0.0, t.f32()), [t.constant(0.0, t.f32())] * 4
             for warp in range(WARPS):
                 share = t.exp2(tops[warp] - top)
                 part = t.load_shared(statistics, offset=self.sums + 32 * warp)[0].float()
-                words = t.load_shared(place, 4, offset=warp * self.group * 4 * self.row_words)
+                words = t.load_shared(outputs + four * 16, 4, offset=warp * self.group * 4 * self.row_words)
                 total = t.fma(share, part, total)
                 values = [t.fma(share, word.float(), value) for word, value in zip(words, values, strict=True)]
             norm = t.reciprocal(total) * (1 / SCALE)
@@ -545,10 +666,10 @@ class RowsKernel(Frame):
 
         zero = t.constant(0.0, t.f32())
         log, *values = t.either(exists, combined, [t.constant(MASKED, t.f32()), *[zero] * 4])
-        place = (chunk * ROWS + row) * m.n_heads + head * self.group + query
-        self._hand_on((place * each + four) * 8 + self.places.attention, values)
+        output = (chunk * ROWS + row) * m.n_heads + head * self.group + query
+        self._hand_on((output * each + four) * 8 + self.places.attention, values)
         with t.when(four.equals(0)):
-            address = self.here + (place * 8 + self.places.weights).wide()
+            address = self.here + (output * 8 + self.places.weights).wide()
             t.store_global(address, log.bits(), self.tag, how=".relaxed.gpu")
 
     def _merge(self, source: Scalar) -> None:

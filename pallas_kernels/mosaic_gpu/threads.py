@@ -349,8 +349,8 @@ def init_barrier(address: Scalar, arrivals: int) -> None:
     ptx(f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", address)
 
 
-def arrive(address: Scalar) -> None:
-    ptx("mbarrier.arrive.shared::cta.b64 _, [$0];", address)
+def arrive(address: Scalar, times: int = 1) -> None:
+    ptx(f"mbarrier.arrive.shared::cta.b64 _, [$0], {times};", address)
 
 
 def arrive_expecting(address: Scalar, bytes_: Scalar) -> None:
@@ -366,8 +366,12 @@ def wait(address: Scalar, parity: Scalar) -> None:
     )
 
 
-def copy_to_shared(target: Scalar, source: Scalar, bytes_: Scalar, barrier: Scalar) -> None:
-    """Start a bulk copy from global memory, whose bytes `barrier` counts, of what nobody will read again soon."""
+def copy_to_shared(target: Scalar, source: Scalar, bytes_: Scalar, barrier: Scalar, once: bool = True) -> None:
+    """Start a bulk copy from global memory, whose bytes `barrier` counts; `once`: nobody will read it again soon."""
+    if not once:
+        copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
+        ptx(copy, target, source, bytes_, barrier)
+        return
     policy = "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
     copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
     ptx(f"{{ .reg .b64 policy; {policy} {copy} [$0], [$1], $2, [$3], policy; }}", target, source, bytes_, barrier)
