@@ -394,6 +394,7 @@ _PTX: list[tuple[str, Callable[..., Any]]] = [
     (r"^prmt\.b32 .*, (?P<selector>\d+);$", lambda machine, match, operands, mask: [_permute(match, operands)]),
     (r"^cvt\.rn\.bf16x2\.f32 \$0, \$2, \$1;$", _pure(lambda low, high: _pack(low, high, ml_dtypes.bfloat16))),
     (r"sub\.rn\.bf16x2 \$0, low, sign", _pure(_int8_to_bfloat16)),
+    (r"0x64806480; sub\.rn\.f16x2", _pure(lambda word: (word.view(np.float16) - np.float16(1152)).view(np.uint32))),
     (r"cvt\.f32\.f16 \$0, a; cvt\.f32\.f16 \$1, b", lambda machine, match, operands, mask: _unpack(*operands)),
     (r"^cvt\.rn\.bf16x2\.f32 \$0, \$1, 0f00000000;$", _pure(lambda high: _pack(high * 0, high, ml_dtypes.bfloat16))),
     (r"^mma\.sync\.aligned\.m16n8k32\.row\.col\.s32\.s8\.s8\.s32", _Machine.multiply_int8),

@@ -3,8 +3,8 @@
 As the kernel for one row, `decode_step_row`: the same blocks, ring, packed weights and stages. What differs:
 
 Products. A group of 16 rows of weights and 128 inputs is the left operand of m16n8k16, eight rows of the batch are its
-columns. Weights become bfloat16 on the way, exactly, and activations are bfloat16 in shared memory. A warp adds
-up the groups of a unit that it meets.
+columns. Weights become float16 on the way, exactly and in fewer instructions than bfloat16, and activations are float16
+over `SCALE` in shared memory, as they are handed on. A warp adds up the groups of a unit that it meets.
 
 Handing on. A feature's results are float16, one a row. Every 32-bit word of them carries two bits that
 number the layer, in place of the lowest bit of each half, so that a reader knows each word by itself: what lay there
@@ -276,7 +276,8 @@ class RowsKernel(Frame):
             found = self._take_pairs(source, near[these], parts, mark)
             for index, n, factor, (a, b) in zip(own[these], near[these], factors[these], found, strict=True):
                 exists = index < pairs
-                self._activate_pair(n, exists, [x * factor[0] for x in a], [x * factor[1] for x in b])
+                words = [t.pack_halves(x * factor[0], y * factor[1]) for x, y in zip(a, b, strict=True)]
+                self._activate_pair(n, exists, words)
                 squares = [s + t.select(exists, t.fma(x, x, y * y), 0.0) for s, x, y in zip(squares, a, b, strict=True)]
         # Each exchange adds up two lanes' sums and leaves each with half of the rows, until a lane has one.
         distance = 16
@@ -294,12 +295,12 @@ class RowsKernel(Frame):
             place = (self.warp * ROWS + self.lane // lanes) * 4
             t.store_shared(self.base + self.squares + place, square)
 
-    def _activate_pair(self, index: Scalar, exists: Scalar, a: Sequence[Scalar], b: Sequence[Scalar]) -> None:
-        """Store activations 2 index and the next one of all rows."""
+    def _activate_pair(self, index: Scalar, exists: Scalar, words: Sequence[Scalar]) -> None:
+        """Store activations 2 index and the next one, a word for each row."""
         with t.when(exists):
             place = self.base + self.activations + index * 4
-            for row in range(ROWS):
-                t.store_shared(place, t.pack_bf16(a[row], b[row]), offset=row * self.stride)
+            for row, word in enumerate(words):
+                t.store_shared(place, word, offset=row * self.stride)
 
     def _roots(self) -> list[Scalar]:
         """For this thread's rows SCALE / sqrt(mean(x^2) + eps), by which products with x over SCALE are multiplied."""
@@ -348,15 +349,12 @@ class RowsKernel(Frame):
             words = t.load_shared(mine, 4, offset=512 * block)
             operands = []
             for half in range(2):
-                upper, lower = (
-                    [t.int8_as_bf16(t.permute_bytes(word, word, s)) for s in (0x1100, 0x3322)]
-                    for word in words[2 * half : 2 * half + 2]
-                )
+                upper, lower = map(t.int8_as_f16, words[2 * half : 2 * half + 2])
                 operands.append([upper[0], lower[0], upper[1], lower[1]])
             scale = t.unpack_halves(scales[block])
             inputs = t.load_shared(x, 4, offset=64 * block)
-            product = t.mma(operands[0], inputs[:2], [zero] * 4, "bf16")
-            product = t.mma(operands[1], inputs[2:], product, "bf16")
+            product = t.mma(operands[0], inputs[:2], [zero] * 4, "f16")
+            product = t.mma(operands[1], inputs[2:], product, "f16")
             new = [t.fma(product[i], scale[i // 2], new[i]) for i in range(4)]
         return new
 
@@ -466,9 +464,11 @@ class RowsKernel(Frame):
         together = POLLED // 2
         for start in range(0, len(own), together):
             these = slice(start, start + together)
-            found = self._take_pairs(base, near[these], 1, self.mark)
-            for index, n, (a, b) in zip(own[these], near[these], found, strict=True):
-                self._activate_pair(n, index < pairs, a, b)
+            places = [base + ((2 * n + f) * FEATURE).wide() for n in near[these] for f in range(2)]
+            found = self._wait_for([(place, 4) for place in places], self.mark)
+            for index, n, a, b in zip(own[these], near[these], found[::2], found[1::2], strict=True):
+                words = [t.permute_bytes(*pair, s) for pair in zip(a, b, strict=True) for s in (0x5410, 0x7632)]
+                self._activate_pair(n, index < pairs, words)
 
     def _logits(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
         feature, first = self._own()
@@ -689,26 +689,32 @@ class RowsKernel(Frame):
             own = [start + self.thread + turn * self.threads for turn in range(together)]
             near = [t.minimum(index, items - 1) for index in own]
 
+            def take(first: Scalar | int) -> list[list[Scalar]]:
+                places = [(source + ((index + first * each) * 16 + self.places.attention).wide(), 4) for index in near]
+                return self._wait_for(places, self.mark)
+
             def add(chunk: Scalar, *sums: Scalar) -> Sequence[Scalar]:
-                first = chunk * (ROWS * m.n_heads)
-                places = [(source + ((first * each + index) * 16 + self.places.attention).wide(), 4) for index in near]
-                new = []
-                for i, words in enumerate(self._wait_for(places, self.mark)):
-                    weight = t.constant(1.0, t.f32())
-                    if self.chunks > 1:
-                        at = (first + near[i] // each) * 4 + self.base
-                        weight = t.load_shared(at, offset=self.weights_of_chunks)[0].float()
+                first, new = chunk * (ROWS * m.n_heads), []
+                for i, words in enumerate(take(first)):
+                    at = (first + near[i] // each) * 4 + self.base
+                    weight = t.load_shared(at, offset=self.weights_of_chunks)[0].float()
                     halves = [half for word in words for half in t.unpack_halves(word)]
                     new += [t.fma(weight, half, s) for half, s in zip(halves, sums[8 * i :], strict=False)]
                 return new
 
-            sums = t.loop(0, self.most_chunks, 1, [t.constant(0.0, t.f32())] * (8 * together), add, rolled=True)
+            if self.chunks == 1:
+                outputs = take(0)
+            else:
+                zeros = [t.constant(0.0, t.f32())] * (8 * together)
+                sums = t.loop(0, self.most_chunks, 1, zeros, add, rolled=True)
+                words = [t.pack_halves(*sums[j : j + 2]) for j in range(0, len(sums), 2)]
+                outputs = [words[j : j + 4] for j in range(0, len(words), 4)]
             for i, index in enumerate(own):
                 place, piece = near[i] // each, near[i] % each
                 row, head = place // m.n_heads, place % m.n_heads
                 target = self.base + self.activations + row * self.stride + (head * m.head_dim + piece * 8) * 2
                 with t.when(index < items):
-                    t.store_shared(target, *(t.pack_bf16(*sums[j : j + 2]) for j in range(8 * i, 8 * i + 8, 2)))
+                    t.store_shared(target, *outputs[i])
             return ()
 
         t.loop(0, t.kept(t.constant(items)), together * self.threads, [], some, rolled=True)

@@ -422,6 +422,16 @@ def int8_as_bf16(word: Scalar) -> Scalar:
     return ptx(code, word, results=[i32()])[0]
 
 
+def int8_as_f16(word: Scalar) -> list[Scalar]:
+    """Four int8 as float16, exactly, in two words.
+
+    With 10 bits of mantissa, 0x6400 + i is 1024 + i: the bytes plus 128 are put below 0x64, and 1152 is taken off.
+    """
+    code = "{ .reg .b32 bias; mov.b32 bias, 0x64806480; sub.rn.f16x2 $0, $1, bias; }"
+    halves = [permute_bytes(word ^ -0x7F7F7F80, 0x64646464, selector) for selector in (0x4140, 0x4342)]
+    return [ptx(code, pair, results=[i32()])[0] for pair in halves]
+
+
 def fma(a: Scalar, b: Scalar, c: Scalar) -> Scalar:
     return ptx("fma.rn.f32 $0, $1, $2, $3;", a, b, c, results=[f32()])[0]
 
