@@ -343,16 +343,16 @@ class RowsKernel(Frame):
         weights = self.base + self.ring + place * SLOT_BYTES + self.warp * GROUP_BYTES
         mine, row = weights + self.lane * 16, self.lane >> 2
         x = self.base + self.activations + row * self.stride + part * (2 * GROUP_INPUTS) + (self.lane & 3) * 16
+        blocks = range(GROUP_INPUTS // 32)
+        own = [t.load_shared(mine, 4, offset=512 * block) for block in blocks]
+        columns = [t.load_shared(x, 4, offset=64 * block) for block in blocks]
         scales = t.load_shared(weights + row * 16, 4, offset=GROUP_ROWS * GROUP_INPUTS)
         zero, new = t.constant(0.0, t.f32()), list(sums)
-        for block in range(GROUP_INPUTS // 32):
-            words = t.load_shared(mine, 4, offset=512 * block)
+        for words, inputs, scale in zip(own, columns, map(t.unpack_halves, scales), strict=True):
             operands = []
             for half in range(2):
                 upper, lower = map(t.int8_as_f16, words[2 * half : 2 * half + 2])
                 operands.append([upper[0], lower[0], upper[1], lower[1]])
-            scale = t.unpack_halves(scales[block])
-            inputs = t.load_shared(x, 4, offset=64 * block)
             product = t.mma(operands[0], inputs[:2], [zero] * 4, "f16")
             product = t.mma(operands[1], inputs[2:], product, "f16")
             new = [t.fma(product[i], scale[i // 2], new[i]) for i in range(4)]
