@@ -197,6 +197,9 @@ def emit(
       top_logprobs: None: no log-probabilities; K >= 0: the chosen token's, and those of the K likeliest.
       method: as in `sample`.
     """
+    if method == "argmax" and top_logprobs is None:
+        likeliest: Any = Decoder(config).apply({"params": params}, hidden, method="likeliest")
+        return _advance(state, *likeliest)
     return _emit(config, state, head(params, config, hidden), top_logprobs, method)
 
 
@@ -204,14 +207,25 @@ def emit(
 def _emit(
     config: ModelConfig, state: DecodeState, logits: jax.Array, top_logprobs: int | None, method: Method
 ) -> tuple[DecodeState, Emitted]:
+    """As `emit`, from logits [B, V]."""
     known = config.known_tokens or config.vocab_size
     ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     masked = jnp.where(ids < known, logits, -jnp.inf)
     penalized = penalize(masked, state.seen, state.sampling.repeat_penalty)
     tokens = sample(penalized, state.sampling, state.keys, state.cache.lengths, method)
+    state, emitted = _advance(state, jnp.max(penalized, axis=-1), tokens)
+    if top_logprobs is None:
+        return state, emitted
+    logprobs = jax.nn.log_softmax(masked, axis=-1)
+    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    return state, Emitted(emitted.tokens, chosen, *reversed(top_k(logprobs, top_logprobs)))
 
+
+@jax.named_scope("sampling")
+def _advance(state: DecodeState, greatest: jax.Array, tokens: jax.Array) -> tuple[DecodeState, Emitted]:
+    """The state after tokens [B], chosen from logits whose greatest are [B], and the tokens as they are emitted."""
     running = state.remaining > 0
-    finite = jnp.isfinite(jnp.max(penalized, axis=-1))  # a NaN is the greatest
+    finite = jnp.isfinite(greatest)  # a NaN is the greatest
     emitted = jnp.where(running, jnp.where(finite, tokens, NOT_FINITE), NO_TOKEN)
     stopped = jnp.any(state.stop_ids == emitted[:, None], axis=-1) | ~finite
     rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)
@@ -221,11 +235,7 @@ def _emit(
         remaining=jnp.where(running & ~stopped, state.remaining - 1, 0),
         seen=state.seen.at[rows, tokens].set(True),
     )
-    if top_logprobs is None:
-        return state, Emitted(emitted, None, None, None)
-    logprobs = jax.nn.log_softmax(masked, axis=-1)
-    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
-    return state, Emitted(emitted, chosen, *reversed(top_k(logprobs, top_logprobs)))
+    return state, Emitted(emitted, None, None, None)
 
 
 def decode(
@@ -251,10 +261,10 @@ def decode(
         counts = (state.remaining > 0).astype(jnp.int32)  # a row that has ended writes nothing
         if handover is None:
             hidden, cache = hidden_states(params, config, state.tokens[:, None], state.cache, counts)
-            logits = head(params, config, hidden[:, 0])
+            state, emitted = emit(params, config, replace(state, cache=cache), hidden[:, 0], top_logprobs, method)
         else:
             logits, cache, handover = packed_decoding.step(params, config, state.tokens, state.cache, counts, handover)
-        state, emitted = _emit(config, replace(state, cache=cache), logits, top_logprobs, method)
+            state, emitted = _emit(config, replace(state, cache=cache), logits, top_logprobs, method)
         return (state, handover), emitted
 
     handover = packed_decoding.begin(params, config, state.cache)

@@ -20,7 +20,15 @@ from orcd_jax.cache import KVCache, LayerCache, attend
 from orcd_jax.config import ModelConfig
 from orcd_jax.loader import Params
 from orcd_jax.quantize import QuantizedArray, dequantize
-from pallas_kernels import preferred, qkv_rope, qkv_rope_store, quant_matmul, rms_norm, swiglu
+from pallas_kernels import (
+    preferred,
+    qkv_rope,
+    qkv_rope_store,
+    quant_matmul,
+    quant_matmul_argmax,
+    rms_norm,
+    swiglu,
+)
 
 
 class _Module(nn.Module):
@@ -140,8 +148,16 @@ class Decoder(_Module):
     def head(self, hidden: jax.Array) -> jax.Array:
         """Map hidden states [..., D] to logits, float32 [..., V]."""
         with jax.named_scope("head"):
-            weight = self.weight("embedding" if self.config.tied_head else "head")
-            return quant_matmul(hidden, weight, out_dtype=jnp.float32)
+            return quant_matmul(hidden, self._head_weight(), out_dtype=jnp.float32)
+
+    def likeliest(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The greatest logits of hidden states [B, D] among known tokens, float32 [B], and their ids, int32 [B]."""
+        config = self.config
+        with jax.named_scope("head"):
+            return quant_matmul_argmax(hidden, self._head_weight(), known=config.known_tokens or config.vocab_size)
+
+    def _head_weight(self) -> Any:
+        return self.weight("embedding" if self.config.tied_head else "head")
 
 
 def rope_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

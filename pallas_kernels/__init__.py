@@ -13,6 +13,7 @@ from pallas_kernels.flash_decode import flash_decode
 from pallas_kernels.implementation import preferred, use
 from pallas_kernels.qkv_rope import qkv_rope, qkv_rope_store
 from pallas_kernels.quant_matmul import quant_matmul
+from pallas_kernels.quant_matmul_argmax import quant_matmul_argmax
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.swiglu import swiglu
 from pallas_kernels.top_k import top_k
@@ -25,6 +26,7 @@ __all__ = [
     "qkv_rope",
     "qkv_rope_store",
     "quant_matmul",
+    "quant_matmul_argmax",
     "rms_norm",
     "swiglu",
     "top_k",

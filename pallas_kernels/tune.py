@@ -96,6 +96,8 @@ def problems(rows: list[int]) -> Iterator[Problem]:
             yield Problem(f"gate_up and down {name}", _swiglu, partial(_swiglu_inputs, m, d, f))
             if m <= 128:
                 yield Problem(f"quant_matmul head {name}", _head, partial(_matmul_inputs, m, v, d))
+                if m > 8:  # fewer rows take the product itself
+                    yield Problem(f"quant_matmul_argmax head {name}", _greatest, partial(_matmul_inputs, m, v, d))
                 for slots in (512, 2048):
                     yield Problem(
                         f"flash_decode {name} S={slots}", _decode, partial(_decode_inputs, m, slots, n, k, width)
@@ -119,6 +121,11 @@ def _residual(x: Any, weight: Any, residual: Any) -> Any:
 
 def _head(x: Any, weight: Any, _: Any) -> Any:
     return pallas_kernels.quant_matmul(x, weight, out_dtype=jnp.float32, implementation="mosaic_gpu")
+
+
+def _greatest(x: Any, weight: Any, _: Any) -> Any:
+    known = len(weight[0])
+    return pallas_kernels.quant_matmul_argmax(x, weight, known=known, implementation="mosaic_gpu")
 
 
 def _decode(q: Any, keys: Any, values: Any) -> Any:

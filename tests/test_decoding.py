@@ -17,6 +17,7 @@ import pytest
 from tiny_models import SPECS, known_tokens
 
 import orcd_jax
+import pallas_kernels
 from orcd_jax import decoding
 from orcd_jax.config import ModelConfig
 from orcd_jax.decoding import NO_TOKEN, NOT_FINITE, Emitted
@@ -24,6 +25,7 @@ from orcd_jax.errors import RequestError
 from orcd_jax.gguf_reader import GGUFFile
 from orcd_jax.loader import load_params
 from orcd_jax.sampling import Sampling, row_keys
+from pallas_kernels.quant_matmul_argmax import IMPLEMENTATIONS as ARGMAX
 
 MODEL = "llama-odd"
 KNOWN = known_tokens(SPECS[MODEL])
@@ -42,8 +44,8 @@ PROMPTS = np.random.default_rng(0).integers(0, KNOWN, (ROWS, LENGTH)).astype(np.
 forward = jax.jit(orcd_jax.forward, static_argnames="config")
 init_state = jax.jit(decoding.init_state, static_argnames=("config", "length"))
 prefill = jax.jit(decoding.prefill, static_argnames="config")
-emit = jax.jit(decoding.emit, static_argnames=("config", "top_logprobs"))
-decode = jax.jit(decoding.decode, static_argnames=("config", "steps", "top_logprobs"))
+emit = jax.jit(decoding.emit, static_argnames=("config", "top_logprobs", "method"))
+decode = jax.jit(decoding.decode, static_argnames=("config", "steps", "top_logprobs", "method"))
 
 
 @pytest.fixture(scope="module")
@@ -258,13 +260,50 @@ def decoded(model):
     return first, whole, (last, joined), stop
 
 
-def test_two_chunks_are_one(decoded):
-    _, whole, chunks, _ = decoded
+def assert_same(one, other):
+    """Of states and what was emitted, bit for bit."""
 
     def raw(x):
         return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(raw(a), raw(b)), whole, chunks)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(raw(a), raw(b)), one, other)
+
+
+def test_two_chunks_are_one(decoded):
+    _, whole, chunks, _ = decoded
+    assert_same(whole, chunks)
+
+
+@pytest.mark.parametrize("top_logprobs", [None, 2])
+def test_tokens_without_logits_are_the_same(model, top_logprobs):
+    """Rows that end by count, by a stop id, by what is not finite, before they begin, or not at all."""
+    params, config = model
+    state, hidden = start(model, GREEDY, [40] * ROWS)
+    state, _ = emit(params, config, state, hidden)
+    free = np.asarray(decode(params, config, state, 16)[1].tokens)
+    poisoned = next(t for t in free[3:, 3] if np.sum(free == t) == np.sum(free[:, 3] == t))
+    params = poison(poison(params, "embedding", poisoned), "head", KNOWN)  # the latter is no known token
+
+    def run(method):
+        state, hidden = start((params, config), GREEDY, [3, 40, 0, 40], (int(free[5, 1]),))
+        state, first = emit(params, config, state, hidden, top_logprobs, method)
+        return first, *decode(params, config, state, 16, top_logprobs, method)
+
+    expected = run("any")
+    tokens = np.asarray(expected[2].tokens)
+    assert NOT_FINITE in tokens[:, 3] and free[5, 1] in tokens[:, 1] and (tokens[:, 2] == NO_TOKEN).all()
+    assert_same(run("argmax"), expected)
+
+
+def test_the_method_argmax_takes_the_op_that_makes_no_logits(model, monkeypatch):
+    params, config = model
+    found = jnp.zeros(ROWS), jnp.full(ROWS, 7, jnp.int32)
+    monkeypatch.setitem(ARGMAX, "fake", lambda x, weight, known: found if known == KNOWN else None)
+    state, hidden = start(model, GREEDY, [40] * ROWS)
+    with pallas_kernels.use("fake"):
+        for method, top_logprobs in (("argmax", None), ("argmax", 0), ("greedy", None)):
+            emitted = decoding.emit(params, config, state, hidden, top_logprobs, method)[1]
+            assert (emitted.tokens.tolist() == [7] * ROWS) == (method == "argmax" and top_logprobs is None)
 
 
 def test_ended_rows_emit_and_write_nothing(decoded):

@@ -14,6 +14,7 @@ from orcd_jax import decoding, packed_decoding
 from orcd_jax.cache import init_cache
 from orcd_jax.config import ModelConfig
 from orcd_jax.loader import random_params
+from orcd_jax.sampling import Sampling, row_keys
 from pallas_kernels.decode_step import ROWS
 from pallas_kernels.implementation import on_hopper
 
@@ -80,3 +81,32 @@ def test_the_kernels_are_as_right_as_bfloat16_allows(preset, case, packed):
     assert np.array_equal(found, again)
     # Both round to bfloat16, at different places.
     assert errors(found, expected).max() < 2 * plain.max()
+
+
+@partial(jax.jit, static_argnames=("config", "method"))
+def decoded(params, config, state, tokens, counts, method):
+    hidden = jnp.zeros((len(tokens), config.d_model), config.activation_dtype)
+    with pallas_kernels.use("mosaic_gpu"):
+        state, hidden = decoding.prefill(params, config, state, hidden, tokens, counts)
+        state, first = decoding.emit(params, config, state, hidden, method=method)
+        state, rest = decoding.decode(params, config, state, STEPS, method=method)
+    return jnp.concatenate([first.tokens[None], rest.tokens]), state.seen, state.remaining
+
+
+@pytest.mark.parametrize("batch", [4, 64, 100, 128])
+@pytest.mark.parametrize("preset", ["qwen2.5-0.5b", "phi-3-mini-4k"])
+def test_tokens_without_logits_are_the_same(preset, batch):
+    if not on_hopper():
+        pytest.skip("needs an NVIDIA Hopper GPU")
+    config, rng = replace(small(preset), vocab_size=8192, known_tokens=8000), np.random.default_rng(batch)
+    params = random_params(config, "int8", jax.devices()[0])
+    tokens = jnp.asarray(rng.integers(0, config.known_tokens, (batch, 20)), jnp.int32)
+    counts = jnp.asarray(rng.integers(1, 21, batch), jnp.int32)
+    remaining = jnp.asarray(rng.integers(0, STEPS + 2, batch), jnp.int32)
+    sampling, stop_ids = Sampling(temperature=0.0).rows(batch), jnp.full((batch, 1), decoding.NO_TOKEN, jnp.int32)
+    state = decoding.init_state(config, remaining, row_keys([0] * batch), stop_ids, sampling, 64)
+    results = [
+        jax.tree.map(np.asarray, decoded(params, config, state, tokens, counts, method))
+        for method in ("greedy", "argmax", "argmax")
+    ]
+    jax.tree.map(lambda *same: [np.testing.assert_array_equal(x, same[0]) for x in same], *results)

@@ -15,11 +15,20 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import flash_attention, flash_decode, qkv_rope, quant_matmul, rms_norm, swiglu
+from pallas_kernels import (
+    flash_attention,
+    flash_decode,
+    qkv_rope,
+    quant_matmul,
+    quant_matmul_argmax,
+    rms_norm,
+    swiglu,
+)
 from pallas_kernels.flash_attention import Visibility
 from pallas_kernels.implementation import dispatch, use
 from pallas_kernels.quant_matmul import IMPLEMENTATIONS as MATMULS
 from pallas_kernels.quant_matmul import dequantize
+from pallas_kernels.quant_matmul_argmax import greatest
 from pallas_kernels.top_k import tournament
 
 # Compiled as a whole, not operation by operation.
@@ -94,6 +103,44 @@ def test_quant_matmul_accumulates_in_float32():
     """A bfloat16 accumulator would stop at 256, where adding 1 rounds back."""
     ones = jnp.ones((1, 4096), jnp.bfloat16)
     assert quant_matmul(ones, ones, out_dtype=jnp.float32)[0, 0] == 4096
+
+
+def whole_numbers(seed, *shape, most):
+    return np.random.default_rng(seed).integers(-most, most + 1, shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize(("m", "out", "known"), [(1, 7, 7), (3, 100, 61), (5, 300, 1)])
+def test_quant_matmul_argmax(dtype, kind, m, out, known):
+    """Products are small whole numbers, exact in any order, with a tie in the first row; unknown ones are greater."""
+    x, w = whole_numbers(m, m, 64, most=2), whole_numbers(out, out, 64, most=1)
+    w[known - 1] = w[(x @ w[:known].T)[0].argmax()]
+    w[known:] *= 100
+    weight = (jnp.asarray(w, jnp.int8), jnp.ones((out, 2), jnp.float16)) if kind == "int8" else jnp.asarray(w, dtype)
+    values, places = jax.jit(quant_matmul_argmax, static_argnames="known")(jnp.asarray(x, dtype), weight, known=known)
+    y = (x.astype(np.float64) @ w.T)[:, :known]
+    assert values.dtype == jnp.float32 and places.dtype == jnp.int32
+    np.testing.assert_array_equal(values, y.max(axis=1))
+    np.testing.assert_array_equal(places, y.argmax(axis=1))
+
+
+def test_quant_matmul_argmax_of_what_is_no_number():
+    inf, nan = np.inf, np.nan
+    y = np.array(
+        [[-inf] * 4, [1, nan, inf, nan], [-inf, -inf, -3, nan], [0, -0.0, -1, 5], [2, inf, inf, 0]], np.float32
+    )
+    for x, weight in ((np.eye(1, dtype=np.float32), row[:, None]) for row in y):
+        value, place = quant_matmul_argmax(jnp.asarray(x), jnp.asarray(weight), known=3)
+        np.testing.assert_array_equal(value, weight[:3].max(axis=0))  # NumPy's NaN is the greatest too
+        np.testing.assert_array_equal(place, weight[:3].argmax(axis=0))
+
+
+def test_the_greatest_of_a_long_row_may_be_a_nan():
+    y = jnp.zeros((2, 5000)).at[1, 4000].set(jnp.nan)
+    for run in (greatest, jax.jit(greatest, static_argnums=1)):
+        np.testing.assert_array_equal(run(y, 4001), ([0, np.nan], [0, 4000]))
+        np.testing.assert_array_equal(run(y, 4000), ([0, 0], [0, 0]))
 
 
 def test_dequantize_is_exact_for_every_value_and_scale():
@@ -409,6 +456,7 @@ def ones(*shape):
 
 OPS = {
     quant_matmul: ((ones(1, 4), ones(2, 4)), {}),
+    quant_matmul_argmax: ((ones(1, 4), ones(2, 4)), {"known": 2}),
     swiglu: ((ones(1, 4), ones(4), ones(8, 4), ones(4, 4)), {"eps": 1e-5}),
     qkv_rope: (
         (ones(1, 1, 4), ones(4), ones(6, 4), None, ones(1, 1, 1), ones(1, 1, 1)),

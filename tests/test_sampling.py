@@ -292,7 +292,8 @@ def test_row_keys_are_of_one_generator():
 @pytest.mark.parametrize(
     "rows, method",
     [
-        ([Sampling(temperature=0)], "greedy"),
+        ([Sampling(temperature=0)], "argmax"),
+        ([Sampling(temperature=0), Sampling(temperature=0, repeat_penalty=1.1)], "greedy"),
         ([Sampling(temperature=0, top_k=0), Sampling()], "candidates"),
         ([Sampling(top_k=0)], "any"),
         ([Sampling(top_k=65), Sampling(temperature=0)], "any"),
@@ -305,5 +306,6 @@ def test_every_method_that_serves_the_rows_chooses_the_same(rows, method):
     values = Sampling(**{n: jnp.asarray([getattr(row, n) for row in rows], value_dtype(n)) for n in names})
     keys, steps = row_keys(list(range(len(rows)))), jnp.arange(len(rows), dtype=jnp.int32)
     expected = sample(logits, values, keys, steps)
-    for able in {"greedy": ("greedy", "candidates"), "candidates": ("candidates",), "any": ()}[method]:
+    order = ("argmax", "greedy", "candidates", "any")  # each serves what those before it do
+    for able in order[order.index(method) :]:
         assert np.array_equal(sample(logits, values, keys, steps, able), expected)

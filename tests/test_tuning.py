@@ -48,7 +48,8 @@ def test_whoever_decides_is_asked_inside_the_block_alone():
 
 def test_every_device_s_entries_are_of_ops_and_fields_that_exist():
     names = {"kernel", "quant_matmul", "gate_up", "qkv_rope", "quant_matmul_small", "gate_up_small", "qkv_rope_small",
-             "quant_matmul_large", "gate_up_large", "flash_decode", "flash_attention"}  # fmt: skip
+             "quant_matmul_large", "gate_up_large", "flash_decode", "flash_attention",
+             "quant_matmul_argmax"}  # fmt: skip
     for file in tune.TUNED.glob("*.json"):
         assert set(tuning.entries(file.stem)) <= names
 
@@ -71,6 +72,7 @@ def test_the_tuner_learns_each_choice_and_its_space(rows):
             "gate_up_small",
             "quant_matmul_large",
             "gate_up_large",
+            "quant_matmul_argmax",
             "flash_decode",
         },
         512: {"quant_matmul_large", "gate_up_large"},

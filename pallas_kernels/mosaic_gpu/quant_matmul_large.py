@@ -15,13 +15,16 @@ next tile while the consumers write the last. Few tiles: `split` CTAs of a clust
 exchange partial sums through distributed shared memory; the order of the sum is fixed.
 
 The SwiGLU form gives one consumer the rows of the gate, the other those of up; they exchange halves in the end.
+
+The greatest form writes no product. Each thread of a consumer keeps the greatest element that it has seen of each row
+of x in its accumulators, with its column, from tile to tile; in the end a warp agrees on them, and XLA on the warps'.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +39,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.mosaic_gpu import processors
+from pallas_kernels.mosaic_gpu import processors, threads
 from pallas_kernels.tuning import choose
 
 BLOCK = 32  # weights with one scale
@@ -46,7 +49,11 @@ BIAS = 2**15  # int8 becomes float32 by writing its bits, sign flipped, into the
 SLOTS = 2  # chunks of y on their way to memory
 SHARED_MEMORY = 231_424  # bytes that a CTA can have, but for 1 KiB of barriers
 
+GREATEST_TILE = 128  # rows of x in a tile of the greatest form at most: what it keeps is in registers
+WARPS = 4  # of a warpgroup
+
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
+Scalars = Sequence[threads.Scalar]
 
 load: Any = plgpu.load  # the types of older releases ask for an index
 
@@ -80,7 +87,7 @@ class Config:
         return self.tile_m // (2 if swiglu else self.split) // self.rows_at_once(swiglu)
 
     def shared_memory(self, out_bytes: int = 2, swiglu: bool = False, residual: bool = False) -> int:
-        """Bytes of shared memory, but for the barriers, with results of `out_bytes`."""
+        """Bytes of shared memory, but for the barriers, with results of `out_bytes`; 0 in the greatest form."""
         rows = self.rows_at_once(swiglu)
         pipeline = self.stages * STEP * (2 * self.tile_m + 2 * ROWS)
         writing = 2 * (self.chunks(swiglu) if residual else SLOTS) * rows * ROWS * out_bytes
@@ -94,7 +101,7 @@ def heuristic(m: int, out: int, width: int, out_bytes: int = 2, swiglu: bool = F
 
     Args:
       m, out, width: rows of x, columns of y, columns of x.
-      out_bytes: bytes of an element of y.
+      out_bytes: bytes of an element of y; 0: none is written, it is the greatest form.
       swiglu, residual: whether it is the SwiGLU form, or there is something to add.
     """
 
@@ -122,7 +129,10 @@ _MICROSECONDS = {32: 0.35, 64: 0.38, 128: 0.50, 192: 0.64, 256: 0.71}
 def search_space(
     m: int, out: int, width: int, out_bytes: int = 2, swiglu: bool = False, residual: bool = False
 ) -> Iterable[Config]:
-    """Every configuration worth a measurement, each with as many stages as shared memory holds, up to eight."""
+    """Every configuration worth a measurement, each with as many stages as shared memory holds, up to eight.
+
+    Arguments as of `heuristic`.
+    """
     columns = ROWS if swiglu else 2 * ROWS
     for tile_m, cluster, split in itertools.product(_MICROSECONDS, (1, 2), (1, 2, 4, 8)):
         if tile_m >= 2 * m and tile_m > min(_MICROSECONDS):
@@ -131,8 +141,10 @@ def search_space(
             continue
         if split > 1 and tile_m // split % 32 and tile_m // split not in (8, 16):
             continue  # rows of partial sums lie in shared memory by 32, 64 or 128 bytes
-        if cluster > 1 and -(-out // columns) % cluster:
+        if cluster > 1 and out_bytes > 0 and -(-out // columns) % cluster:
             continue
+        if out_bytes == 0 and (split > 1 or tile_m > GREATEST_TILE or -(-m // tile_m) > processors() // cluster):
+            continue  # a CTA stays with its rows of x
         for stages in range(8, 2, -1):
             config = Config(tile_m, stages, cluster, split, chunk=min(32, tile_m // 4) if swiglu else 64)
             if swiglu and config.chunks(swiglu) % 2:
@@ -247,6 +259,108 @@ def _dequantize(values: jax.Array, scales: jax.Array) -> jax.Array:
     return convert(values, scales)
 
 
+def _kept(tile_m: int) -> list[Any]:
+    """The types of what a warpgroup keeps of `tile_m` rows of x in the greatest form: values and their columns of y.
+
+    Only the registers matter, of which wgmma's layout gives each thread as many as an accumulator has of one half of
+    its rows of weights.
+    """
+    shape, layout = (ROWS, tile_m // 2), plgpu.Layout.WGMMA
+    return [plgpu.ShapeDtypeStruct(shape, dtype, layout=layout) for dtype in (jnp.float32, jnp.int32)]
+
+
+def _keep_greater(acc: jax.Array, columns: jax.Array, best: Sequence[jax.Array], known: int) -> list[jax.Array]:
+    """What `_kept` describes, once an accumulator [64, tile_m] has been seen; its columns of y are int32 [64]."""
+    wgmma, kept = plgpu.Layout.WGMMA, _kept(acc.shape[1])
+
+    @plgpu.inline_mgpu(arg_types=(wgmma, _ROW_LAYOUT, wgmma, wgmma), return_type=kept)
+    def keep(_: Any, acc: Any, columns: Any, *best: Any) -> list[Any]:
+        found = _scalars(acc)
+        values, places = (_scalars(a) for a in best)
+        for half, place in enumerate(
+            _scalars(columns)
+        ):  # a thread's rows r and r + 8 of the weights take turns by twos
+            new = [x for i in range(2 * half, len(found), 4) for x in found[i : i + 2]]
+            values, places = keep_greater(values, places, new, place, known)
+        return [_like(a, scalars) for a, scalars in zip(best, (values, places), strict=True)]
+
+    return keep(acc, columns, *best)
+
+
+def _scalars(array: Any) -> list[threads.Scalar]:
+    """The elements that each thread has of an array in registers."""
+    count = array.layout.vector_length
+    return [
+        threads.Scalar(llvm.extractelement(register, _constant(i)))
+        for register in array.registers.flat
+        for i in range(count)
+    ]
+
+
+def _like(array: Any, scalars: Sequence[threads.Scalar]) -> Any:
+    """An array in registers as `array` is, of these elements."""
+    remaining, registers = iter(scalars), np.empty_like(array.registers)
+    for index, old in np.ndenumerate(array.registers):
+        register = llvm.mlir_undef(old.type)
+        for i in range(array.layout.vector_length):
+            register = llvm.insertelement(register, next(remaining).value, _constant(i))
+        registers[index] = register
+    return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=array.is_signed)
+
+
+def keep_greater(
+    values: Scalars, places: Scalars, new: Scalars, place: threads.Scalar, known: int
+) -> tuple[list[threads.Scalar], list[threads.Scalar]]:
+    """A thread's greatest values and their places, now that it has seen `new` ones at `place`, beyond all before.
+
+    The first of equal values is kept, and so is a NaN. Places from `known` on do not count.
+    """
+    counts = place < known
+    greater = [((old >= x) ^ True) & old.equals(old) & counts for old, x in zip(values, new, strict=True)]
+    return (
+        [threads.select(g, x, old) for g, x, old in zip(greater, new, values, strict=True)],
+        [threads.select(g, place, old) for g, old in zip(greater, places, strict=True)],
+    )
+
+
+def store_greatest(values: Scalars, places: Scalars, to: Scalars, stride: int) -> None:
+    """Write what the threads of a warpgroup agree on, warp by warp, to global memory [tile_m, 4].
+
+    Args:
+      values, places: of each thread, as of an accumulator's columns.
+      to: where the values and where the places go.
+      stride: elements between two rows there.
+    """
+    thread = threads.thread_index() % 128
+    warp, lane = thread // 32, thread % 32
+    best = list(zip(values, places, strict=True))
+    for distance in (4, 8, 16):  # between the lanes that have the same columns
+        best = [_greater(*pair, *(threads.shuffle_xor(x, distance) for x in pair)) for pair in best]
+    with threads.when(lane < 4):
+        for i, pair in enumerate(best):
+            offset = ((lane * 2 + (8 * (i // 2) + i % 2)) * stride + warp) * 4
+            for address, x in zip(to, pair, strict=True):
+                threads.store_global(address + offset.wide(), x)
+
+
+def _greater(value: Any, place: Any, other: Any, other_place: Any) -> tuple[threads.Scalar, threads.Scalar]:
+    """The greater of two values with its place; a NaN is the greatest, and of equals that of the lower place."""
+    number, same = value.equals(value), other.equals(value) | value.differs(value) & other.differs(other)
+    taken = ((value >= other) ^ True) & number | same & (other_place < place)
+    return threads.select(taken, other, value), threads.select(taken, other_place, place)
+
+
+def _store_greatest(best: Sequence[jax.Array], values: Any, places: Any) -> None:
+    """`store_greatest` of what `_kept` describes, to references [tile_m, 4]."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.RefType()))
+    def store(_: Any, values: Any, places: Any, *refs: Any) -> None:
+        (stride, _one), _offset = ir.MemRefType(refs[0].type).get_strides_and_offset()
+        store_greatest(_scalars(values), _scalars(places), [threads.global_address(ref) for ref in refs], stride)
+
+    store(*best, values, places)
+
+
 def _call(
     x: jax.Array,
     values: jax.Array,
@@ -256,7 +370,9 @@ def _call(
     out_dtype: Any,
     swiglu: bool,
     config: Config,
-) -> jax.Array:
+    known: int | None = None,
+) -> Any:
+    """The kernel: y [m, out], or with `known` the greatest form, values [M, P] and columns [M, P] with M >= m."""
     m, width = x.shape
     out = values.shape[0] // (2 if swiglu else 1)
     tile_m, stages, cluster, split = config.tile_m, config.stages, config.cluster, config.split
@@ -266,6 +382,8 @@ def _call(
     m_tiles, n_tiles = pl.cdiv(m, tile_m), pl.cdiv(out, tile_n * cluster)
     tiles = m_tiles * n_tiles
     ctas = min(processors() // cluster, tiles) if split == 1 else tiles  # in clusters
+    if known is not None:  # each stays with a tile of rows of x
+        ctas = m_tiles * min(processors() // cluster // m_tiles, n_tiles)
     chunk, chunks = config.rows_at_once(swiglu), config.chunks(swiglu)
     slots = SLOTS if residual is None else chunks  # what is added waits where the result will be
     blocks = width // BLOCK
@@ -278,7 +396,9 @@ def _call(
             return next(remaining) if condition else None
 
         bias_ref, residual_ref = given(bias is not None), given(residual is not None)
-        y_ref, x_smem, w_smem, y_smem, full, empty = (next(remaining) for _ in range(6))
+        y_ref, places_ref = next(remaining), given(known is not None)
+        x_smem, w_smem, y_smem = next(remaining), next(remaining), given(known is None)
+        full, empty = next(remaining), next(remaining)
         arrived = given(residual is not None)
         partial_smem, partial_full = given(split > 1), given(split > 1)
         exchange_smem, exchanged = given(swiglu), given(swiglu)
@@ -287,9 +407,13 @@ def _call(
         first_cluster = lax.axis_index("cta")
         my_tiles = lax.div(tiles - first_cluster + ctas - 1, ctas)
 
-        def place(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def place(i: Any) -> tuple[jax.Array, jax.Array]:
             """The first row and the first column of y in this CTA's i-th tile."""
-            mi, ni = plgpu.planar_snake(first_cluster + i * ctas, (m_tiles, n_tiles), 0, config.raster)
+            number = first_cluster + i * ctas
+            if known is None:
+                mi, ni = plgpu.planar_snake(number, (m_tiles, n_tiles), 0, config.raster)
+            else:
+                mi, ni = lax.rem(number, m_tiles), lax.div(number, m_tiles)
             return mi * tile_m, (ni * cluster + lax.axis_index("cluster")) * tile_n
 
         @pl.when(wg == 2)
@@ -339,8 +463,8 @@ def _call(
         def _consume() -> None:
             plgpu.set_max_registers(232, action="increase")
 
-            @pl.loop(0, my_tiles)
-            def _tile(i: jax.Array) -> None:
+            def tile(i: jax.Array, best: Any) -> Any:
+                """Finish the CTA's i-th tile; `best` is what `_kept` describes in the greatest form, else nothing."""
                 m0, n0 = place(i)
                 m0 = m0 + rank * columns
                 n0 = n0 + (0 if swiglu else wg * ROWS)
@@ -412,6 +536,9 @@ def _call(
                     return acc[...]
 
                 acc = pl.run_scoped(multiply, plgpu.ACC((ROWS, tile_m), jnp.float32))
+                if known is not None:
+                    rows = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=_ROW_LAYOUT)
+                    return _keep_greater(acc, n0 + rows, best, known)
                 if split > 1:
                     for q in range(split):  # rank q gets the q-th columns of all
                         plgpu.async_store_smem(
@@ -452,18 +579,35 @@ def _call(
                     buffer[...] = plgpu.layout_cast(piece.astype(out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(y_smem.at[wg, slot], y_ref.at[target])
+                return best
 
-            plgpu.wait_smem_to_gmem(0)
+            if known is None:
+                lax.fori_loop(0, my_tiles, tile, ())
+                plgpu.wait_smem_to_gmem(0)
+            else:
+                nothing = [
+                    plgpu.layout_cast(jnp.full(kept.shape, value, kept.dtype), kept.layout)
+                    for kept, value in zip(_kept(tile_m), (-jnp.inf, 0), strict=True)  # -inf alone: the first column
+                ]
+                best = lax.fori_loop(0, my_tiles, tile, nothing)
+                number = lax.div(first_cluster, m_tiles) * cluster + lax.axis_index("cluster")
+                part = pl.ds(place(0)[0], tile_m), pl.ds((number * 2 + wg) * WARPS, WARPS)
+                _store_greatest(best, y_ref.at[part], places_ref.at[part])
 
     f32 = jnp.float32
     consumed: dict[str, Any] = dict(num_arrivals=2, num_barriers=stages)
     scratch: list[Any] = [
         plgpu.SMEM((stages, tile_m, STEP), x.dtype, transforms=_swizzled(x.dtype, STEP)),
         plgpu.SMEM((stages, 2 * ROWS, STEP), values.dtype, transforms=_swizzled(values.dtype, STEP)),
-        plgpu.SMEM((2, slots, chunk, ROWS), out_dtype, transforms=_swizzled(out_dtype, ROWS)),
         plgpu.Barrier(num_arrivals=3 if swiglu else 2, num_barriers=stages),
         plgpu.Barrier(**consumed) if cluster == 1 else plgpu.ClusterBarrier(collective_axes=("cluster",), **consumed),
     ]
+    if known is None:
+        scratch.insert(2, plgpu.SMEM((2, slots, chunk, ROWS), out_dtype, transforms=_swizzled(out_dtype, ROWS)))
+        results: Any = jax.ShapeDtypeStruct((m, out), out_dtype)
+    else:
+        parts = m_tiles * tile_m, ctas // m_tiles * cluster * 2 * WARPS
+        results = [jax.ShapeDtypeStruct(parts, kept.dtype) for kept in _kept(tile_m)]
     if residual is not None:
         scratch.append(plgpu.Barrier(num_barriers=(2, slots)))
     if split > 1:
@@ -474,7 +618,7 @@ def _call(
         scratch.append(plgpu.Barrier(num_arrivals=2))
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((m, out), out_dtype),
+        out_type=results,
         scratch_types=scratch,
         grid=(ctas,),
         grid_names=("cta",),
@@ -485,6 +629,19 @@ def _call(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
     return kernel(x, values, scales, *(a for a in (bias, residual) if a is not None))
+
+
+def _sizes(x: jax.Array, values: jax.Array, scales: jax.Array, swiglu: bool = False) -> tuple[int, int, int]:
+    """Rows of x, columns of y and columns of x, if the kernel can take them."""
+    m, out, width = math.prod(x.shape[:-1]), values.shape[0] // (2 if swiglu else 1), x.shape[-1]
+    if x.dtype != jnp.bfloat16 or values.dtype != jnp.int8 or scales.dtype != jnp.float16:
+        raise NotImplementedError(
+            f"x, weights and scales of {x.dtype}, {values.dtype} and {scales.dtype}, not bfloat16, int8 and float16"
+        )
+    if m == 0 or width % STEP or out % ROWS or out < ROWS * (1 if swiglu else 2):
+        # One warpgroup's rows alone: the other's results, beyond the end, have been seen where the first's belong.
+        raise NotImplementedError(f"weights [{out}, {width}] that are not multiples of {ROWS} and {STEP}, or too few")
+    return m, out, width
 
 
 def _prepare(
@@ -498,21 +655,12 @@ def _prepare(
     config: Config | None,
 ) -> jax.Array:
     """Check the arguments, choose the configuration, and bring x [..., in] to a multiple of 8 rows for TMA."""
-    width = x.shape[-1]
-    out = values.shape[0] // (2 if swiglu else 1)
-    m = math.prod(x.shape[:-1])
+    m, out, width = _sizes(x, values, scales, swiglu)
     dtype = jnp.dtype(out_dtype)
-    if x.dtype != jnp.bfloat16 or values.dtype != jnp.int8 or scales.dtype != jnp.float16:
-        raise NotImplementedError(
-            f"x, weights and scales of {x.dtype}, {values.dtype} and {scales.dtype}, not bfloat16, int8 and float16"
-        )
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"results of {dtype}, not bfloat16 or float32")
     if residual is not None and residual.dtype != dtype:
         raise NotImplementedError(f"a residual of {residual.dtype} and results of {dtype}")
-    if m == 0 or width % STEP or out % ROWS or out < ROWS * (1 if swiglu else 2):
-        # One warpgroup's rows alone: the other's results, beyond the end, have been seen where the first's belong.
-        raise NotImplementedError(f"weights [{out}, {width}] that are not multiples of {ROWS} and {STEP}, or too few")
     if config is not None and swiglu and config.chunks(swiglu) % 2:
         raise ValueError(f"the SwiGLU form needs an even number of chunks: {config}")
     if config is None:
@@ -574,3 +722,47 @@ def gate_up(x: jax.Array, values: jax.Array, scales: jax.Array, config: Config |
       NotImplementedError: for other dtypes and sizes.
     """
     return _prepare(x, values, scales, None, None, x.dtype, True, config)
+
+
+def argmax(
+    x: jax.Array, values: jax.Array, scales: jax.Array, known: int, config: Config | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Find the greatest product of each row with block-quantised weights, for many rows; no product is written.
+
+    Args:
+      x: [M, in] bfloat16.
+      values: [out, in] int8, in and out multiples of 64.
+      scales: [out, in / 32] float16.
+      known: 1 to out; products with weights from there on do not count.
+      config: as for `matmul`.
+
+    Returns:
+      The greatest of the known products, accumulated in float32, float32 [M], and the first place of it, int32 [M]; a
+      NaN is the greatest.
+
+    Raises:
+      NotImplementedError: for other dtypes and sizes, and more rows than fit the card at once.
+    """
+    m, out, width = _sizes(x, values, scales)
+    if not any(search_space(m, out, width, out_bytes=0)):
+        raise NotImplementedError(f"{m} rows, more than fit the card at once")
+    if config is None:
+        key = f"M={m} out={out} in={width}"
+        settings = m, out, width, 0
+        config = choose("quant_matmul_argmax", key, heuristic(*settings), lambda: search_space(*settings))
+    padded = jnp.pad(x, ((0, -m % 8), (0, 0))) if m % 8 else x
+    found, places = _call(padded, values, scales, None, None, None, False, config, known)
+    return agree(found[:m], places[:m])
+
+
+def agree(values: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The greatest of each row of values, float32 [M, P], with its place of int32 [M, P]; a NaN is the greatest."""
+
+    def greater(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        (a, i), (b, j) = one, other
+        first = (a > b) | (a != a) & (b == b) | ((a == b) | (a != a) & (b != b)) & (i < j)
+        return jnp.where(first, a, b), jnp.where(first, i, j)
+
+    start = np.float32(-np.inf), np.int32(np.iinfo(np.int32).max)
+    greatest, place = lax.reduce((values, places), start, greater, (1,))
+    return greatest, place
