@@ -7,7 +7,8 @@ import gzip
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,40 +38,56 @@ def _recorded(folder: str | os.PathLike[str]) -> set[tuple[Path, int]]:
     return {(file, file.stat().st_mtime_ns) for file in Path(folder).rglob("*.xplane.pb")}
 
 
-def _name_scopes(file: Path, found: dict[str, dict[str, str]]) -> None:
+def _name_scopes(file: Path, programs: dict[str, list[dict[str, str]]]) -> None:
     """Name the operations in a trace for Perfetto after their scopes, which only xprof would know."""
     with gzip.open(file, "rt", encoding="utf-8") as f:
         trace = json.load(f)
+    runs = defaultdict(list)
     for event in trace["traceEvents"] if isinstance(trace, dict) else trace:
         arguments = event.get("args", {})
-        of_program = found.get(re.sub(r"\(.*", "", str(arguments.get("hlo_module"))), {})
+        runs[re.sub(r"\(.*", "", str(arguments.get("hlo_module"))), arguments.get("run_id")].append(event)
+    for (name, _), events in runs.items():
         # Kernels of a command buffer have that as their instruction, and a fusion's have the fusion's name.
-        scope = of_program.get(str(arguments.get("hlo_op"))) or of_program.get(str(event.get("name")))
-        if scope:
-            arguments["kernel"], event["name"] = event["name"], scope
+        keys = [(str(event.get("args", {}).get("hlo_op")), str(event.get("name"))) for event in events]
+        found = matching(programs.get(name, []), {key for pair in keys for key in pair})
+        for event, (operation, kernel) in zip(events, keys, strict=True):
+            if scope := found.get(operation) or found.get(kernel):
+                event["args"]["kernel"], event["name"] = event["name"], scope
     with gzip.open(file, "wt", encoding="utf-8", compresslevel=1) as f:
         json.dump(trace, f)
 
 
-def scopes(space: bytes) -> dict[str, dict[str, str]]:
-    """The scopes of each program's instructions, by their names and those of their kernels.
+def matching(programs: list[dict[str, str]], names: Collection[str]) -> dict[str, str]:
+    """The scopes of instructions in those programs, of one name, that have the most of `names`.
+
+    Several shapes may have as many: what they disagree about has no scope.
+    """
+    known = [sum(name in program for name in names) for program in programs]
+    found: dict[str, str] = {}
+    for program, count in zip(programs, known, strict=True):
+        if count == max(known):
+            found |= {key: scope if found.get(key, scope) == scope else "" for key, scope in program.items()}
+    return found
+
+
+def scopes(space: bytes) -> dict[str, list[dict[str, str]]]:
+    """The scopes of each program's instructions, by their names and those of their kernels; programs by their names.
 
     Args:
-      space: a serialised `XSpace`, the profiler's result, which holds the programs (`HloProto`) that ran.
+      space: a serialised `XSpace`, the profiler's result, which holds the programs (`HloProto`) of the process.
     """
-    programs: dict[str, dict[str, str]] = {}
+    programs = defaultdict(list)
     planes = [plane for plane in _fields(space, 1) if b"/host:metadata" in _fields(plane, 2)]
     metadata = [event for plane in planes for entry in _fields(plane, 4) for event in _fields(entry, 2)]
     protos = [proto for event in metadata for stat in _fields(event, 5) for proto in _fields(stat, 6)]
     for module in (module for proto in protos for module in _fields(proto, 1)):
-        found = programs.setdefault(str(_fields(module, 1)[0], "utf-8"), {})
+        found: dict[str, str] = {}
         for instruction in (i for computation in _fields(module, 3) for i in _fields(computation, 2)):
             names = [name for about in _fields(instruction, 7) for name in _fields(about, 2)]
             name, scope = (str(text, "utf-8") for text in (_fields(instruction, 1)[0], names[0] if names else b""))
-            for key in {name, re.sub(r"\W", "_", name)}:
-                # Programs of one name and several shapes: what they disagree about has no scope.
-                found[key] = scope if found.get(key, scope) == scope else ""
-    return programs
+            found |= dict.fromkeys((name, re.sub(r"\W", "_", name)), scope)
+        programs[str(_fields(module, 1)[0], "utf-8")].append(found)
+    return dict(programs)
 
 
 def _fields(message: Any, number: int) -> list[Any]:

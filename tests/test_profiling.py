@@ -29,10 +29,10 @@ def test_operations_in_a_trace_have_their_scopes_as_names(tiny, tmp_path):
             assert any(name.startswith(f"jit({program})/") and part in name for name in names), (program, part)
         assert not any(event.get("name", "").startswith("$") for event in events)  # Python's calls
     found = profiling.scopes(next(files[0].parent.glob("*.xplane.pb")).read_bytes())
-    assert any("swiglu/rms_norm" in scope for scope in found["jit_prefill"].values())
+    assert any("swiglu/rms_norm" in scope for program in found["jit_prefill"] for scope in program.values())
 
 
-def test_instructions_that_programs_of_one_name_disagree_about_have_no_scope():
+def test_a_program_is_known_by_its_instructions():
     def field(number: int, *content: bytes) -> bytes:
         message = b"".join(content)
         size = len(message)  # as a varint
@@ -47,6 +47,10 @@ def test_instructions_that_programs_of_one_name_disagree_about_have_no_scope():
         proto = field(1, field(1, b"jit_f"), field(3, *instructions))
         return field(4, field(2, field(5, field(6, proto))))
 
-    programs = (program(same="f/a", other="f/b"), program(same="f/a", other="f/c"))
+    scopes = [{"same": "f/a", "other": "f/b"}, {"same": "f/a", "other": "f/c"}, {"same": "f/e", "third": "f/d"}]
+    programs = (program(**each) for each in scopes)
     space = field(1, field(2, b"/host:CPU"), program(none="f/d")) + field(1, field(2, b"/host:metadata"), *programs)
-    assert profiling.scopes(space) == {"jit_f": {"same": "f/a", "other": ""}}
+    assert profiling.scopes(space) == {"jit_f": scopes}
+    assert profiling.matching(scopes, {"same", "third", "unknown"}) == scopes[2]
+    assert profiling.matching(scopes, {"same", "other"}) == {"same": "f/a", "other": ""}  # they disagree
+    assert profiling.matching([], {"same"}) == {}
