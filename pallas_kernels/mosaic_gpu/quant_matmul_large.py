@@ -213,6 +213,17 @@ def _load_scales(scales: Any, words: int) -> list[jax.Array]:
     return read(scales)
 
 
+def _prefetch(scales: Any) -> None:
+    """Start bringing rows of scales into L2: they come from memory otherwise, later than the first weights."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def start(_: Any, ref: Any) -> None:
+        with threads.when((threads.thread_index() & 127).equals(0)):
+            threads.prefetch(threads.global_address(ref), 2 * math.prod(ir.MemRefType(ref.type).shape))
+
+    start(scales)
+
+
 def _dequantize(values: jax.Array, scales: jax.Array) -> jax.Array:
     """Return int8 [64, 64] times two scales a row, as bfloat16 in the layout of wgmma's left operand.
 
@@ -463,13 +474,19 @@ def _call(
         def _consume() -> None:
             plgpu.set_max_registers(232, action="increase")
 
+            def first_row(i: jax.Array) -> jax.Array:
+                """Of the warpgroup's weights in the i-th tile; past the end, whatever: it is not written."""
+                row = place(i)[1] + wg * (out if swiglu else ROWS)
+                return jnp.minimum(row, values_ref.shape[0] - ROWS)
+
             def tile(i: jax.Array, best: Any) -> Any:
                 """Finish the CTA's i-th tile; `best` is what `_kept` describes in the greatest form, else nothing."""
                 m0, n0 = place(i)
                 m0 = m0 + rank * columns
                 n0 = n0 + (0 if swiglu else wg * ROWS)
-                row0 = n0 + (wg * out if swiglu else 0)
-                row0 = jnp.minimum(row0, values_ref.shape[0] - ROWS)  # past the end, whatever; it is not written
+                row0 = first_row(i)
+                if tiles > ctas:
+                    _prefetch(scales_ref.at[pl.ds(first_row(i + 1), ROWS)])
                 targets = [
                     (pl.ds(m0 + (wg * chunks if swiglu else 0) * chunk + j * chunk, chunk), pl.ds(n0, ROWS))
                     for j in range(chunks)

@@ -377,6 +377,11 @@ def copy_to_shared(target: Scalar, source: Scalar, bytes_: Scalar, barrier: Scal
     ptx(f"{{ .reg .b64 policy; {policy} {copy} [$0], [$1], $2, [$3], policy; }}", target, source, bytes_, barrier)
 
 
+def prefetch(source: Scalar, bytes_: int) -> None:
+    """Start bringing global memory, a multiple of 16 bytes from an address that is one too, into L2."""
+    ptx(f"cp.async.bulk.prefetch.L2.global [$0], {bytes_};", source)
+
+
 def start_copy(target: Scalar, source: Scalar) -> None:
     """Start copying 16 bytes from global to shared memory."""
     ptx("cp.async.cg.shared.global.L2::128B [$0], [$1], 16;", target, source)
