@@ -46,6 +46,7 @@ MARKS = 0x00010001  # the bits of a word that number layers
 POLLED = 24  # features' results, of 16 bytes, that a thread asks for at a time: mostly all that it takes
 ATTENDED = 4  # the most units of attention that a block sees to at a time
 FEATURE = 2 * ROWS  # bytes of a feature's results
+PAIRS = 32  # of features, of which all even ones are handed on first, then the odd ones: lanes read what is side by side
 
 
 def marks(tag: Any) -> Any:
@@ -57,8 +58,8 @@ def marks(tag: Any) -> Any:
 def input_words(x: jax.Array, step: jax.Array, sizes: DecoderSizes) -> jax.Array:
     """x [B, D] as the layer before the first would hand it on, int32 [2, D, ROWS / 2]: all in the first part."""
     rows = jnp.pad(x.astype(jnp.float32) / SCALE, ((0, ROWS - len(x)), (0, 0)))
-    features = rows.astype(jnp.float16).T.reshape(-1, ROWS // 2, 2)
-    words = lax.bitcast_convert_type(features, jnp.int32) & ~MARKS
+    pairs = rows.astype(jnp.float16).T.reshape(-1, PAIRS, 2, ROWS // 2, 2)
+    words = lax.bitcast_convert_type(pairs.swapaxes(1, 2), jnp.int32).reshape(-1, ROWS // 2) & ~MARKS
     return jnp.stack([words, jnp.zeros_like(words)]) | marks(step[0] * sizes.n_layers)
 
 
@@ -210,7 +211,7 @@ class RowsKernel(Frame):
 
         To look at all of them again and again would keep L2 from everything else.
         """
-        own = (self.thread * pairs) // self.threads * (2 * FEATURE)
+        own = self._pair_place((self.thread * pairs) // self.threads)
         distance = self.model.d_model * FEATURE
         self._wait_for([(source + (own + part * distance).wide(), 4) for part in range(parts)], mark)
         t.synchronize(1, self.threads)
@@ -226,7 +227,7 @@ class RowsKernel(Frame):
         """All rows' results of the features 2 i and 2 i + 1, for each of `indices`, the sums of so many parts of x."""
         distance = self.model.d_model * FEATURE
         places = [
-            source + ((2 * index + f) * FEATURE + part * distance).wide()
+            source + (self._pair_place(index) + (f * PAIRS * FEATURE + part * distance)).wide()
             for index in indices for f in range(2) for part in range(parts)
         ]  # fmt: skip
         found = self._take_features(places, mark)
@@ -379,9 +380,13 @@ class RowsKernel(Frame):
         within = self.thread % self.finishers
         return within % 32 // 2, (within // 32 * 2 + within % 2) * 4
 
+    def _pair_place(self, index: Scalar) -> Scalar:
+        """Where the results of the even feature of a pair are among the features', in bytes; see `PAIRS`."""
+        return (index + (index & -PAIRS)) * FEATURE
+
     def _feature_place(self, feature: Scalar) -> Scalar:
-        """Where this thread's rows' results of a feature are among the features', in bytes."""
-        return feature * FEATURE + self._own()[1] * 2
+        """Where this thread's rows' results of a feature are, in the order of `PAIRS`."""
+        return self._pair_place(feature >> 1) + (feature & 1) * (PAIRS * FEATURE) + self._own()[1] * 2
 
     def _qkv(self, unit: Scalar, bias: Scalar) -> Callable[[Scalar, Scalar], None]:
         m = self.model
@@ -403,7 +408,7 @@ class RowsKernel(Frame):
                 results.append(t.round_bf16(t.select(rotated, turned, value)))
             with t.when(valid):
                 rounded = [(word & -0x10000).float() * (1 / SCALE) for word in results]
-                self._hand_on(self._feature_place(at) + self.places.qkv, rounded)
+                self._hand_on(at * FEATURE + first * 2 + self.places.qkv, rounded)
                 with t.when(head >= m.n_heads):
                     for i, result in enumerate(results):
                         row = first + i
@@ -464,7 +469,9 @@ class RowsKernel(Frame):
         together = POLLED // 2
         for start in range(0, len(own), together):
             these = slice(start, start + together)
-            places = [base + ((2 * n + f) * FEATURE).wide() for n in near[these] for f in range(2)]
+            places = [
+                base + (self._pair_place(n) + f * PAIRS * FEATURE).wide() for n in near[these] for f in range(2)
+            ]
             found = self._wait_for([(place, 4) for place in places], self.mark)
             for index, n, a, b in zip(own[these], near[these], found[::2], found[1::2], strict=True):
                 words = [t.permute_bytes(*pair, s) for pair in zip(a, b, strict=True) for s in (0x5410, 0x7632)]
