@@ -9,6 +9,9 @@ over `SCALE` in shared memory, as they are handed on. A warp adds up the groups 
 Handing on. A feature's results are float16, one a row. Every 32-bit word of them carries two bits that
 number the layer, in place of the lowest bit of each half, so that a reader knows each word by itself: what lay there
 before is from two layers ago, or from none. All words are written in every layer, by those who have nothing to say too.
+To look at all of them again and again would keep L2 from everything else, so each block tells with one word that it has
+handed on its part of a stage, and all of a stage is asked for once all blocks have. That is only a hint, without a
+fence: what is asked for is looked at all the same.
 The residual stream is not kept by the blocks: who makes a feature of a layer's sums adds what came before.
 
 Attention. The keys and values that the cache has depend on nothing that the step makes, so they come through the ring,
@@ -26,7 +29,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.decode_step import DOWN_SPLIT, GROUP_INPUTS, GROUP_ROWS, ROWS, DecoderSizes, HandoverOfRows
+from pallas_kernels.decode_step import (
+    BLOCKS,
+    COPIES,
+    DOWN_SPLIT,
+    GROUP_INPUTS,
+    GROUP_ROWS,
+    ROWS,
+    TOLD,
+    DecoderSizes,
+    HandoverOfRows,
+)
 from pallas_kernels.mosaic_gpu import threads as t
 from pallas_kernels.mosaic_gpu.decode_step_frame import (
     GROUP_BYTES,
@@ -46,7 +59,8 @@ MARKS = 0x00010001  # the bits of a word that number layers
 POLLED = 24  # features' results, of 16 bytes, that a thread asks for at a time: mostly all that it takes
 ATTENDED = 4  # the most units of attention that a block sees to at a time
 FEATURE = 2 * ROWS  # bytes of a feature's results
-PAIRS = 32  # of features, of which all even ones are handed on first, then the odd ones: lanes read what is side by side
+ATTENDED_TO, OUT, HIDDEN, DOWN = range(TOLD)  # stages that blocks tell the others of
+PAIRS = 32  # of features: first all even ones are handed on, then the odd ones, so that lanes read what is side by side
 
 
 def marks(tag: Any) -> Any:
@@ -75,6 +89,8 @@ class RowsKernel(Frame):
         fit = SLOT_BYTES // (4 * sizes.head_dim)
         self.slot_keys = min(KEYS * WARPS, 1 << (fit.bit_length() - 1))
         super().__init__(sizes, blocks, length)
+        if blocks > BLOCKS:
+            raise NotImplementedError(f"at most {BLOCKS} blocks, not {blocks}")
         self.places = HandoverOfRows.of(sizes, rows)
         self.team = self.slot_keys // KEYS
         if not 1 <= WARPS // max(1, self.team) <= self.slots:
@@ -155,21 +171,26 @@ class RowsKernel(Frame):
             before = self.space + (((self.tag & 1) ^ 1) * places.total).wide() + places.down
             self.before = t.select(index.equals(0), x, before)
 
-            self._normal(self.before, DOWN_SPLIT, marks(self.tag - 1), vectors)
+            self._normal(self.before, DOWN, self.tag - 1, vectors, index.differs(0))
             bias = vectors + 4 * 2 * m.d_model
             count = self._products_of(stages[0], turn, count, lambda unit: self._qkv(unit, bias))
             count = self._attend(turn, count)
+            self._tell(ATTENDED_TO)
             turn = self._next(stages[0], turn)
 
             share = self._share(stages[1], turn)
             with t.when(share[1].differs(0)):
                 self._merge(self.here)
             count = self._products_of(stages[1], turn, count, self._out)
+            self._tell(OUT)
             turn = self._next(stages[1], turn)
 
-            self._normal(self.here + places.out, 1, self.mark, vectors + 4 * m.d_model)
+            self._normal(self.here + places.out, OUT, self.tag, vectors + 4 * m.d_model)
             count = self._products_of(stages[2], turn, count, self._swiglu)
+            self._tell(HIDDEN)
             turn = self._next(stages[2], turn)
+
+            self._wait_for_blocks(HIDDEN, self.tag)
 
             def part(i: Scalar, own: tuple[Scalar, Scalar], count: Scalar) -> Scalar:
                 self._hidden(self.here + places.hidden, i)
@@ -177,12 +198,13 @@ class RowsKernel(Frame):
                 return self._in_batches(stages[3], own, count, lambda piece, count: multiply(piece, count))
 
             count = self._by_parts(self._share(stages[3], turn), count, part)
+            self._tell(DOWN)
             return self._next(stages[3], turn), count
 
         turn, count = t.loop(0, m.n_layers, 1, [self.block, t.constant(0)], layer)
         tag = self.first_tag + (m.n_layers - 1)
         last = self.space + ((tag & 1) * places.total).wide() + places.down
-        self._normal(last, DOWN_SPLIT, marks(tag), self.norm)
+        self._normal(last, DOWN, tag, self.norm)
         self._products_of(self.logits, turn, count, self._logits)
 
     def _products_of(
@@ -206,14 +228,31 @@ class RowsKernel(Frame):
         t.synchronize_warp()
         return [[next(words) for _ in range(n)] for _, n in places]
 
-    def _wait_for_features(self, source: Scalar, pairs: int, parts: int, mark: Scalar) -> None:
-        """Wait for a pair of features in each 256th of them, before threads ask for all.
+    def _tags(self, stage: int, tag: Scalar, copy: Scalar) -> Scalar:
+        """The address of a copy of the blocks' tags of a stage, in a layer."""
+        place = (copy + stage * COPIES) * (4 * BLOCKS) + self.places.tags
+        return self.space + ((tag & 1) * self.places.total + place).wide()
 
-        To look at all of them again and again would keep L2 from everything else.
-        """
-        own = self._pair_place((self.thread * pairs) // self.threads)
-        distance = self.model.d_model * FEATURE
-        self._wait_for([(source + (own + part * distance).wide(), 4) for part in range(parts)], mark)
+    def _tell(self, stage: int) -> None:
+        """Tell all blocks that this one has handed on its part of a stage, or is about to in another warp."""
+        with t.when(self.thread < COPIES):
+            own = self._tags(stage, self.tag, self.thread) + (self.block * 4).wide()
+            t.store_global(own, self.tag, how=".relaxed.gpu")
+
+    def _wait_for_blocks(self, stage: int, tag: Scalar) -> None:
+        """Wait until all blocks have told of a stage; all of the block together."""
+        readers = -(-self.blocks // 4)
+        with t.when(self.thread < -(-readers // 32) * 32):
+            first = t.minimum(self.thread, readers - 1) * 4
+            address = self._tags(stage, tag, self.block % COPIES) + (first * 4).wide()
+
+            def attempt() -> tuple[Scalar, Sequence[Scalar]]:
+                words = t.load_global(address, 4, how=".relaxed.gpu")
+                t.ptx(f"nanosleep.u32 {PAUSE};")
+                wrong = [t.select(first + i < self.blocks, word ^ tag, 0) for i, word in enumerate(words)]
+                return functools.reduce(lambda a, b: a | b, wrong).equals(0), []
+
+            t.repeat_until(attempt, [])
         t.synchronize(1, self.threads)
 
     def _take_features(self, places: Sequence[Scalar], mark: Scalar) -> list[list[Scalar]]:
@@ -260,16 +299,19 @@ class RowsKernel(Frame):
         words = t.load_global(address, 2, how=".relaxed.gpu")
         return [half for word in words for half in t.unpack_halves(word & ~MARKS)]
 
-    def _normal(self, source: Scalar, parts: int, mark: Scalar, scales: Scalar) -> None:
-        """x, the sum of `parts`, times the norm's scale as activations, and the sums of squares; the root is applied to
-        the result."""
-        m = self.model
+    def _normal(self, source: Scalar, stage: int, tag: Scalar, scales: Scalar, told: Scalar | None = None) -> None:
+        """x times the norm's scale as activations, and the sums of squares; the root is applied to the result.
+
+        A stage of a layer has made x; no block tells of it where not `told`.
+        """
+        m, parts, mark = self.model, DOWN_SPLIT if stage == DOWN else 1, marks(tag)
         pairs = m.d_model // 2
         own = [self.thread + start for start in range(0, pairs, self.threads)]
         near = [t.minimum(index, pairs - 1) for index in own]
         # The scales may come from memory, behind weights: they are asked for before there is something to wait for.
         factors = [[w.float() for w in t.load_global(scales + (index * 8).wide(), 2)] for index in near]
-        self._wait_for_features(source, pairs, parts, mark)
+        with t.when(told):
+            self._wait_for_blocks(stage, tag)
         squares = [t.constant(0.0, t.f32())] * ROWS
         together = POLLED // (2 * parts)
         for start in range(0, len(own), together):
@@ -463,15 +505,12 @@ class RowsKernel(Frame):
         """One part of the hidden features as activations."""
         pairs = self.model.d_ff // 2 // DOWN_SPLIT
         base = source + (part * (pairs * 2 * FEATURE)).wide()
-        self._wait_for_features(base, pairs, 1, self.mark)
         own = [self.thread + start for start in range(0, pairs, self.threads)]
         near = [t.minimum(index, pairs - 1) for index in own]
         together = POLLED // 2
         for start in range(0, len(own), together):
             these = slice(start, start + together)
-            places = [
-                base + (self._pair_place(n) + f * PAIRS * FEATURE).wide() for n in near[these] for f in range(2)
-            ]
+            places = [base + (self._pair_place(n) + f * PAIRS * FEATURE).wide() for n in near[these] for f in range(2)]
             found = self._wait_for([(place, 4) for place in places], self.mark)
             for index, n, a, b in zip(own[these], near[these], found[::2], found[1::2], strict=True):
                 words = [t.permute_bytes(*pair, s) for pair in zip(a, b, strict=True) for s in (0x5410, 0x7632)]
@@ -684,10 +723,9 @@ class RowsKernel(Frame):
         m = self.model
         if self.chunks > 1:
             self._weigh_chunks(source)
-        else:  # one piece of each output first, as in `_wait_for_features`
-            output = (self.thread * (self.rows * m.n_heads)) // self.threads
-            self._wait_for([(source + (output * (2 * m.head_dim) + self.places.attention).wide(), 4)], self.mark)
-        t.synchronize(1, self.threads)
+            t.synchronize(1, self.threads)
+        else:
+            self._wait_for_blocks(ATTENDED_TO, self.tag)
         each = m.head_dim // 8  # pieces of a head's output
         items = self.rows * m.n_heads * each
         together = min(POLLED // 2, -(-items // self.threads))
