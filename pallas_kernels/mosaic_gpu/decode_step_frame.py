@@ -406,13 +406,22 @@ class Frame:
         return quad * 8 + (64 * block + within), quad * 8 + (64 * block + within + 4)  # 4 dimensions
 
     def _pieces(self) -> list[tuple[Scalar, list[tuple[Scalar, int]]]]:
-        """The rows that a lane takes of 16 keys (two) and values (four), as (row, [(offset in bytes, words)])."""
+        """The rows that a lane takes of 16 keys (two) and values (four), as (row, [(offset in bytes, words)]).
+
+        Keys are taken in another order than they lie in: 1, 0 for 0, 1 and so on in every other four.
+        """
         width, row, quad = self.model.head_dim, self.lane >> 2, self.lane & 3
         of_key = [(quad * 16 + 64 * block, 4) for block in range(width // 32)]
         of_value = [(row * 16 + 128 * block, 4) for block in range(width // 64)]
         if width % 64:
             of_value.append((row * 8 + width // 64 * 128, 2))
-        return [(row + d, of_key) for d in (0, 8)] + [(quad * 2 + d, of_value) for d in (0, 1, 8, 9)]
+        taken = row ^ (row >> 1 & 1)
+        return [(taken + d, of_key) for d in (0, 8)] + [(at, of_value) for at in self._value_keys()]
+
+    def _value_keys(self) -> list[Scalar]:
+        """Which of 16 values a lane takes: lanes side by side take even and odd ones, in different banks of memory."""
+        quad = self.lane & 3
+        return [quad * 2 + d ^ (quad & 1) for d in (0, 1, 8, 9)]
 
     def _attend_16(
         self, found: Sequence[Scalar], key: Scalar, low: Scalar, queries: Scalar, state: Sequence[Scalar]
@@ -440,7 +449,7 @@ class Frame:
         words = iter(t.either((key < low) | (self.position < key + KEYS), with_new, found))
         rows = [[next(words) for _, n in pieces for _ in range(n)] for _, pieces in self._pieces()]
         k, v = rows[:2], rows[2:]
-        value_keys = [key + (quad * 2 + d) for d in (0, 1, 8, 9)]
+        value_keys = [key + at for at in self._value_keys()]
 
         scores = []
         for half in range(2):
