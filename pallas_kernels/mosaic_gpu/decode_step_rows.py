@@ -216,7 +216,7 @@ class RowsKernel(Frame):
         )
 
     def _wait_for(self, places: Sequence[tuple[Scalar, int]], mark: Scalar) -> list[list[Scalar]]:
-        """The words at each (address, number of words), two or four, once all carry the mark; without their marks."""
+        """The words at each (address, number of words) once all carry the mark; without their marks."""
 
         def attempt() -> tuple[Scalar, Sequence[Scalar]]:
             words = [w for at, n in places for w in t.load_global(at, n, how=".relaxed.gpu")]
@@ -643,12 +643,11 @@ class RowsKernel(Frame):
                 start = source + row * (2 * m.head_dim)
                 offset = 0 if i < 2 else self.slot_keys * 2 * m.head_dim
                 found += [w for at_, n in pieces for w in t.load_shared(start + at_, n, offset=offset)]
-            key = begin + (number - count) * self.slot_keys + within
-            state = self._attend_16(found, key, low, queries, carry)
             t.synchronize_warp()
             with t.when(self.lane.equals(0)):
                 t.arrive(self.empty + at * 8, teams)
-            return state
+            key = begin + (number - count) * self.slot_keys + within
+            return self._attend_16(found, key, low, queries, carry)
 
         first = count + ((mine - count) & (teams - 1))
         self._leave(t.loop(first, count + slots, teams, self._nothing_attended(), slot), place)
@@ -657,32 +656,47 @@ class RowsKernel(Frame):
     def _take_queries(self, first: Scalar) -> None:
         """The groups' queries and the new keys and values of the units from `first` on, as bfloat16."""
         m = self.model
-        each = m.head_dim // 2
-        pairs = (self.group + 2) * each
-        indices = [self.thread + start for start in range(0, self.attended * pairs, self.threads)]
-        targets, rows, places = [], [], []
-        for index in indices:
-            place, index = index // pairs, index % pairs
+        each, tiles = m.head_dim // 2, m.head_dim // GROUP_ROWS
+
+        def heads(index: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+            """Of a number of a unit and one of its heads, the new key and value being the last: unit, own number, row,
+            and first feature."""
+            place, own = index // (self.group + 2), index % (self.group + 2)
             unit = t.minimum(first + place * self.blocks, self.pairs * self.chunks - 1) % self.pairs
             row, head = unit // m.n_kv_heads, unit % m.n_kv_heads
-            own, pair = index // each, index % each
             new = m.n_heads + (own - self.group) * m.n_kv_heads
             source = t.select(own < self.group, head * self.group + own, new + head)
-            word = self.here + ((source * each + pair) * (2 * FEATURE)).wide() + self.places.qkv
-            places += [(word, 4), (word + FEATURE, 4)]
-            rows.append(row)
+            return place, own, row, source * m.head_dim
+
+        # One feature of each unit of q|k|v first: to look at all again and again would keep L2 from everything else.
+        looks = self.attended * (self.group + 2) * tiles
+        for start in range(0, looks, self.threads):
+            with t.when(self.thread < -(-(looks - start) // 32) * 32):
+                index = t.minimum(self.thread + start, looks - 1)
+                _, own, _, feature = heads(index // tiles)
+                within = index % tiles * t.select(own < self.group + 1, t.constant(GROUP_ROWS // 2), GROUP_ROWS)
+                self._wait_for([(self.here + ((feature + within) * FEATURE + self.places.qkv).wide(), 2)], self.mark)
+        t.synchronize(1, self.threads)
+
+        items = self.attended * (self.group + 2) * each
+        indices = [self.thread + start for start in range(0, items, self.threads)]
+        targets, odd, places = [], [], []
+        for index in indices:
+            number, pair = t.minimum(index, items - 1) // each, index % each
+            place, own, row, feature = heads(number)
+            # Two rows' results are a word.
+            word = self.here + ((feature + pair * 2) * FEATURE + (row >> 1) * 4 + self.places.qkv).wide()
+            places += [(word, 1), (word + FEATURE, 1)]
+            odd.append((row & 1).differs(0))
             # Behind the queries are the new key and value, the queries padded to eight.
             skipped = t.select(own < self.group, t.constant(0), 8 - self.group)
             targets.append(place * self.query_bytes + (own + skipped) * (2 * m.head_dim) + pair * 4)
         halves = []
-        for i, words in enumerate(self._wait_for(places, self.mark)):
-            odd, which = (rows[i // 2] & 1).differs(0), rows[i // 2] >> 1
-            word = t.select(which < 2, t.select(which.equals(0), words[0], words[1]),
-                            t.select(which.equals(2), words[2], words[3]))  # fmt: skip
+        for i, (word,) in enumerate(self._wait_for(places, self.mark)):
             low, high = t.unpack_halves(word)
-            halves.append(t.select(odd, high, low) * SCALE)
+            halves.append(t.select(odd[i // 2], high, low) * SCALE)
         for i, index in enumerate(indices):
-            with t.when(index < self.attended * pairs):
+            with t.when(index < items):
                 target = self.base + self.queries + targets[i]
                 t.store_shared(target, t.pack_bf16(*halves[2 * i : 2 * i + 2]))
 
