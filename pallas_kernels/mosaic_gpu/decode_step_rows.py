@@ -306,22 +306,22 @@ class RowsKernel(Frame):
         """
         m, parts, mark = self.model, DOWN_SPLIT if stage == DOWN else 1, marks(tag)
         pairs = m.d_model // 2
-        own = [self.thread + start for start in range(0, pairs, self.threads)]
-        near = [t.minimum(index, pairs - 1) for index in own]
+        near, exist = self._own_pairs(pairs)
         # The scales may come from memory, behind weights: they are asked for before there is something to wait for.
         factors = [[w.float() for w in t.load_global(scales + (index * 8).wide(), 2)] for index in near]
         with t.when(told):
             self._wait_for_blocks(stage, tag)
         squares = [t.constant(0.0, t.f32())] * ROWS
         together = POLLED // (2 * parts)
-        for start in range(0, len(own), together):
+        for start in range(0, len(near), together):
             these = slice(start, start + together)
             found = self._take_pairs(source, near[these], parts, mark)
-            for index, n, factor, (a, b) in zip(own[these], near[these], factors[these], found, strict=True):
-                exists = index < pairs
+            for index, exists, factor, (a, b) in zip(near[these], exist[these], factors[these], found, strict=True):
                 words = [t.pack_halves(x * factor[0], y * factor[1]) for x, y in zip(a, b, strict=True)]
-                self._activate_pair(n, exists, words)
-                squares = [s + t.select(exists, t.fma(x, x, y * y), 0.0) for s, x, y in zip(squares, a, b, strict=True)]
+                self._activate_pair(index, exists, words)
+                for row, (x, y) in enumerate(zip(a, b, strict=True)):
+                    new = t.fma(x, x, t.fma(y, y, squares[row]))
+                    squares[row] = new if exists is None else t.select(exists, new, squares[row])
         # Each exchange adds up two lanes' sums and leaves each with half of the rows, until a lane has one.
         distance = 16
         while len(squares) > 1:
@@ -338,7 +338,13 @@ class RowsKernel(Frame):
             place = (self.warp * ROWS + self.lane // lanes) * 4
             t.store_shared(self.base + self.squares + place, square)
 
-    def _activate_pair(self, index: Scalar, exists: Scalar, words: Sequence[Scalar]) -> None:
+    def _own_pairs(self, pairs: int) -> tuple[list[Scalar], list[Scalar | None]]:
+        """Which of so many pairs of features a thread takes, and which of these exist, None being that all do."""
+        own = [self.thread + start for start in range(0, pairs, self.threads)]
+        exist = [None if start + self.threads <= pairs else own[-1] < pairs for start in range(0, pairs, self.threads)]
+        return [t.minimum(index, pairs - 1) for index in own], exist
+
+    def _activate_pair(self, index: Scalar, exists: Scalar | None, words: Sequence[Scalar]) -> None:
         """Store activations 2 index and the next one, a word for each row."""
         with t.when(exists):
             place = self.base + self.activations + index * 4
@@ -505,16 +511,15 @@ class RowsKernel(Frame):
         """One part of the hidden features as activations."""
         pairs = self.model.d_ff // 2 // DOWN_SPLIT
         base = source + (part * (pairs * 2 * FEATURE)).wide()
-        own = [self.thread + start for start in range(0, pairs, self.threads)]
-        near = [t.minimum(index, pairs - 1) for index in own]
+        near, exist = self._own_pairs(pairs)
         together = POLLED // 2
-        for start in range(0, len(own), together):
+        for start in range(0, len(near), together):
             these = slice(start, start + together)
             places = [base + (self._pair_place(n) + f * PAIRS * FEATURE).wide() for n in near[these] for f in range(2)]
             found = self._wait_for([(place, 4) for place in places], self.mark)
-            for index, n, a, b in zip(own[these], near[these], found[::2], found[1::2], strict=True):
+            for index, exists, a, b in zip(near[these], exist[these], found[::2], found[1::2], strict=True):
                 words = [t.permute_bytes(*pair, s) for pair in zip(a, b, strict=True) for s in (0x5410, 0x7632)]
-                self._activate_pair(n, index < pairs, words)
+                self._activate_pair(index, exists, words)
 
     def _logits(self, unit: Scalar) -> Callable[[Scalar, Scalar], None]:
         feature, first = self._own()
