@@ -340,9 +340,15 @@ class RowsKernel(Frame):
 
     def _own_pairs(self, pairs: int) -> tuple[list[Scalar], list[Scalar | None]]:
         """Which of so many pairs of features a thread takes, and which of these exist, None being that all do."""
-        own = [self.thread + start for start in range(0, pairs, self.threads)]
+        thread = self._turned()
+        own = [thread + start for start in range(0, pairs, self.threads)]
         exist = [None if start + self.threads <= pairs else own[-1] < pairs for start in range(0, pairs, self.threads)]
         return [t.minimum(index, pairs - 1) for index in own], exist
+
+    def _turned(self) -> Scalar:
+        """The thread's number, warps turned by another number in each block: all ask for the same words, and would ask
+        the same parts of L2 at once."""
+        return self.thread + self.block * 32 & self.threads - 1
 
     def _activate_pair(self, index: Scalar, exists: Scalar | None, words: Sequence[Scalar]) -> None:
         """Store activations 2 index and the next one, a word for each row."""
@@ -747,10 +753,10 @@ class RowsKernel(Frame):
             self._wait_for_blocks(ATTENDED_TO, self.tag)
         each = m.head_dim // 8  # pieces of a head's output
         items = self.rows * m.n_heads * each
-        together = min(POLLED // 2, -(-items // self.threads))
+        together, thread = min(POLLED // 2, -(-items // self.threads)), self._turned()
 
         def some(start: Scalar) -> Sequence[Scalar]:
-            own = [start + self.thread + turn * self.threads for turn in range(together)]
+            own = [start + thread + turn * self.threads for turn in range(together)]
             near = [t.minimum(index, items - 1) for index in own]
 
             def take(first: Scalar | int) -> list[list[Scalar]]:
