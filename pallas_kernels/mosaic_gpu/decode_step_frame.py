@@ -29,6 +29,7 @@ from pallas_kernels.mosaic_gpu.threads import Scalar
 
 SLOT_GROUPS = WARPS = 8  # of a slot of the ring: one for each warp that multiplies
 SLOT_BYTES = SLOT_GROUPS * GROUP_BYTES
+MOST_SLOTS = 48  # of the ring, for which there are barriers
 KEYS = 16  # that a warp attends to at a time
 MERGED = 4  # chunks of keys whose outputs are merged at a time
 PAUSE = 20  # nanoseconds between two looks at what is waited for
@@ -104,9 +105,9 @@ class Frame:
         self.queries = take(self.attended * self.query_bytes)
         self.angles = take(4 * m.head_dim * self.rows)
         self.pointers = take(16 * m.n_layers)
-        self.barriers = take(16 * 64)
+        self.barriers = take(16 * MOST_SLOTS)
         self.ring = offset
-        self.slots = min(64, (SHARED_BYTES - offset) // SLOT_BYTES)
+        self.slots = min(MOST_SLOTS, (SHARED_BYTES - offset) // SLOT_BYTES)
         self.shared_bytes = offset + self.slots * SLOT_BYTES
 
     def _registers(self) -> tuple[int, int]:
@@ -130,7 +131,7 @@ class Frame:
         self.norm, self.head = t.global_address(weights.norm), t.global_address(weights.head)
         self._take_positions(t.global_address(position))
         self.first_tag = t.load_global(t.global_address(step))[0] * m.n_layers + 1
-        self.full, self.empty = full, empty = self.base + self.barriers, self.base + self.barriers + 512
+        self.full, self.empty = full, empty = self.base + self.barriers, self.base + self.barriers + 8 * MOST_SLOTS
         with t.when(self.thread.equals(0)):
             for slot in range(self.slots):
                 t.init_barrier(full + 8 * slot, 1)
@@ -423,6 +424,18 @@ class Frame:
         quad = self.lane & 3
         return [quad * 2 + d ^ (quad & 1) for d in (0, 1, 8, 9)]
 
+    def _with_new(self, found: Sequence[Scalar], key: Scalar, low: Scalar, queries: Scalar) -> Sequence[Scalar]:
+        """The words of `_pieces` of 16 keys, with this step's in its place, which the cache does not have yet.
+
+        It takes the place of keys out of sight too: those weigh nothing, but only if they are numbers.
+        """
+        words, result = iter(found), []
+        for i, (at, pieces) in enumerate(self._pieces()):
+            outside, new = (key + at - low) >= self.position - low, self.new_key if i < 2 else self.new_value
+            fresh = [w for at, n in pieces for w in t.load_shared(queries + at, n, offset=new)]
+            result += [t.select(outside, a, b) for a, b in zip(fresh, words, strict=False)]
+        return result
+
     def _attend_16(
         self, found: Sequence[Scalar], key: Scalar, low: Scalar, queries: Scalar, state: Sequence[Scalar]
     ) -> Sequence[Scalar]:
@@ -436,17 +449,7 @@ class Frame:
         top, total, *output = state
         zero = t.constant(0)
         visible = self.position - low
-
-        def with_new() -> Sequence[Scalar]:
-            # This step's key is not in the cache yet; what is out of sight weighs nothing, if it is a number.
-            words, result = iter(found), []
-            for i, (at, pieces) in enumerate(self._pieces()):
-                outside, new = (key + at - low) >= visible, self.new_key if i < 2 else self.new_value
-                fresh = [w for at, n in pieces for w in t.load_shared(queries + at, n, offset=new)]
-                result += [t.select(outside, a, b) for a, b in zip(fresh, words, strict=False)]
-            return result
-
-        words = iter(t.either((key < low) | (self.position < key + KEYS), with_new, found))
+        words = iter(self._with_new(found, key, low, queries))
         rows = [[next(words) for _, n in pieces for _ in range(n)] for _, pieces in self._pieces()]
         k, v = rows[:2], rows[2:]
         value_keys = [key + at for at in self._value_keys()]

@@ -634,6 +634,11 @@ class RowsKernel(Frame):
         """The units that a block sees to together with its unit `first`."""
         return [first + place * self.blocks for place in range(self.attended)]
 
+    def _with_new(self, found: Sequence[Scalar], key: Scalar, low: Scalar, queries: Scalar) -> Sequence[Scalar]:
+        """As the frame's; most keys are among others that the cache has, and are in registers already."""
+        mixed = functools.partial(super()._with_new, found, key, low, queries)
+        return t.either((key < low) | (self.position < key + KEYS), mixed, found)
+
     def _attend_unit(self, unit: Scalar, place: Scalar, count: Scalar) -> Scalar:
         """Leave each warp's outputs for a unit; teams of warps take the ring's slots in turn.
 
