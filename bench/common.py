@@ -26,7 +26,7 @@ from orcd_jax.device import select_device
 from orcd_jax.errors import OrcdJaxError
 from orcd_jax.language_model import Kernels, LanguageModel, choose_weights, configure
 from orcd_jax.loader import random_params
-from orcd_jax.probe import Ceilings
+from orcd_jax.probe import Ceilings, noise
 from orcd_jax.profile import at_least
 
 PROSE = Path(__file__).parent.parent / "tests" / "data" / "prose.txt"
@@ -41,7 +41,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--device", choices=("cpu", "gpu"))
     result.add_argument("--kernels", choices=get_args(Kernels), default="auto", help="as for load (%(default)s)")
     result.add_argument(
-        "--repeat", type=at_least(1), default=5, help="measured runs, after one to warm up (%(default)s)"
+        "--repeat",
+        type=at_least(1),
+        default=5,
+        help="measured runs, after one to warm up; on a GPU up to four times as many while noisy (1 %%) (%(default)s)",
     )
     result.add_argument("--within", type=float, metavar="SECONDS", help="begin no further row after so long")
     result.add_argument("--quick", action="store_true", help="fewer and shorter runs: that it works, not how fast")
@@ -105,8 +108,8 @@ def token_stream(model: LanguageModel, args: argparse.Namespace, count: int) -> 
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and most."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    """Median, least, most, and how many there are."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "runs": len(values)}
 
 
 def environment(device: jax.Device) -> dict[str, str]:
@@ -133,8 +136,8 @@ def processor() -> str:
 
 
 def per_cent(values: Sequence[float]) -> str:
-    """How far apart measured values lie, as a share of their median."""
-    return f"±{(max(values) - min(values)) / 2 / statistics.median(values):.1%}"
+    """How far apart measured values lie, but for the outer ones."""
+    return f"±{noise(values):.1%}"
 
 
 def axes(x: str, y: str, title: str) -> Any:

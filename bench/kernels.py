@@ -25,7 +25,7 @@ from bench import common
 from orcd_jax.config import ModelConfig, array_bytes
 from orcd_jax.device import select_device
 from orcd_jax.errors import RequestError
-from orcd_jax.probe import Ceilings, measure, measure_ceilings
+from orcd_jax.probe import Ceilings, measure, measure_ceilings, settled
 from orcd_jax.profile import Program, traced_shares
 from pallas_kernels.qkv_rope import rotate
 from pallas_kernels.tune import random_weight
@@ -118,7 +118,7 @@ def measured(case: Case, ceilings: Ceilings, repeat: int) -> Iterator[dict[str, 
 
 
 def timed(function: Callable[..., Any], inputs: list[tuple[Any, ...]], repeat: int) -> tuple[list[float], Any, Any]:
-    """Seconds of a call's kernels, one number a trace; and the first input's result, twice."""
+    """Seconds of a call's kernels, one number a trace, see `settled`; and the first input's result, twice."""
     compiled = jax.jit(function).lower(*inputs[0]).compile()
     program = Program(compiled.as_text())
     first, second = compiled(*inputs[0]), compiled(*inputs[0])
@@ -129,11 +129,11 @@ def timed(function: Callable[..., Any], inputs: list[tuple[Any, ...]], repeat: i
             result = compiled(*arguments)
         jax.block_until_ready(result)
 
-    times = []
-    for _ in range(repeat):
+    def trace() -> float:
         spans, total = traced_shares(run, program)
-        times.append((total - spans.get(None, 0.0)) / len(inputs))
-    return times, first, second
+        return (total - spans.get(None, 0.0)) / len(inputs)
+
+    return settled(lambda: [trace() for _ in range(repeat)], jax.devices()[0]), first, second
 
 
 def error(case: Case, inputs: tuple[Any, ...], result: Any) -> float:
@@ -348,8 +348,9 @@ def chains(ceilings: Ceilings, repeat: int) -> Iterator[dict[str, Any]]:
 
         x = _normal(jax.random.key(2), m, d)
         row: dict[str, Any] = {"op": "swiglu", "shape": f"M{m} of Qwen's layers in turn", "implementation": name}
+        call = partial(measure, partial(_finish, run, x, layers), repeat)
         try:
-            times = [s / rounds for s in measure(partial(_finish, run, x, layers), repeat)]
+            times = [s / rounds for s in settled(call, jax.devices()[0])]
         except Exception as reason:
             yield row | {"failed": f"{type(reason).__name__}: {reason}"[:200]}
             continue

@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from bench import common
-from orcd_jax.language_model import GREEDY, LanguageModel
-from orcd_jax.probe import Ceilings, Probe, measure_ceilings
+from orcd_jax.language_model import GREEDY, LanguageModel, Timings
+from orcd_jax.probe import Ceilings, Probe, measure_ceilings, settled
 from orcd_jax.profile import at_least
 from orcd_jax.sampling import Sampling
 
@@ -70,11 +71,14 @@ def requests(model: LanguageModel, args: argparse.Namespace, ceilings: Ceilings)
             return
         length = min(length, most)
         prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, length)).tolist()
-        runs = [
-            model.generate(prompts, args.new_tokens, sampling, ignore_eos=True)[0].timings
-            for _ in range(args.repeat + 1)
-        ]
-        first, *rest = runs
+
+        def runs(count: int, prompts: Any = prompts, sampling: Sampling = sampling) -> list[Timings]:
+            return [
+                model.generate(prompts, args.new_tokens, sampling, ignore_eos=True)[0].timings for _ in range(count)
+            ]
+
+        (first,) = runs(1)
+        rest = settled(partial(runs, args.repeat), model.device, lambda run: run.decode_tok_s)
         rate = common.spread([run.decode_tok_s for run in rest])
         ttft = common.spread([run.ttft_s for run in rest])
         prefill = common.spread([run.prefill_tok_s for run in rest])
@@ -101,7 +105,7 @@ def steps(model: LanguageModel, args: argparse.Namespace, ceilings: Ceilings) ->
         if not common.in_time(args):
             return
         probe = Probe(model, 1, held, steps=count)
-        times = [seconds / count for seconds in probe.measure(args.repeat, chunks)]
+        times = [seconds / count for seconds in settled(partial(probe.measure, args.repeat, chunks), model.device)]
         time = common.spread(times)
         least = model.config.step_bytes(model.weights, 1, held + count // 2) / ceilings.read_bytes_s
         print(f"{held:>6}{time['median'] * 1e3:>9.3f} ms{common.per_cent(times):>9}{least * 1e3:>9.3f} ms"

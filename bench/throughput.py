@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from bench import common
 from orcd_jax.language_model import GREEDY, LanguageModel
-from orcd_jax.probe import Ceilings, measure, measure_ceilings
+from orcd_jax.probe import Ceilings, measure, measure_ceilings, settled
 from orcd_jax.profile import at_least
 from orcd_jax.sampling import Sampling
 
@@ -76,7 +77,8 @@ def by_batch(model: LanguageModel, args: argparse.Namespace, ceilings: Ceilings)
         if not common.in_time(args):
             break
         rates: list[float] = []
-        seconds = measure(lambda b=batch, r=requests, rates=rates: rates.append(run(b, r)), args.repeat)
+        call = partial(measure, lambda b=batch, r=requests, rates=rates: rates.append(run(b, r)), args.repeat)
+        seconds = settled(call, model.device)
         together = [args.new_tokens * len(requests) / s for s in seconds]
         held = round(float(np.mean([len(prompt) for prompt in requests]))) + args.new_tokens // 2
         ceiling = min(

@@ -19,6 +19,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from orcd_jax import hub
 from orcd_jax.config import ModelConfig, array_bytes
 from orcd_jax.errors import OrcdJaxError
 from orcd_jax.language_model import LanguageModel, load
-from orcd_jax.probe import Ceilings, Probe, measure_ceilings
+from orcd_jax.probe import Ceilings, Probe, measure_ceilings, settled
 
 STEPS = 16  # of decoding in one program
 
@@ -200,7 +201,8 @@ def profile(model: LanguageModel, batch: int, held: int, prompt: int | None, rep
     """
     steps = STEPS if prompt is None else 1
     probe = Probe(model, batch, held, prompt=prompt, steps=steps)
-    times = [seconds / steps for seconds in probe.measure(repeat, 4 if model.device.platform == "gpu" else 1)]
+    measure = partial(probe.measure, repeat, 4 if model.device.platform == "gpu" else 1)
+    times = [seconds / steps for seconds in settled(measure, model.device)]
     program = Program(probe.compiled.as_text() or "")
     spans, total = traced_shares(probe.run, program)
     seconds: defaultdict[str, float] = defaultdict(float)

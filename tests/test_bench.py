@@ -13,7 +13,7 @@ import pytest
 from bench import common, full_context, random_gguf, report
 from orcd_jax import load
 from orcd_jax.config import ModelConfig
-from orcd_jax.probe import program_memory
+from orcd_jax.probe import noise, program_memory, settled
 
 
 @pytest.fixture
@@ -157,3 +157,14 @@ def test_a_whole_context_of_phi3_runs_to_its_end():
     assert done.token_ids[0] == model.logits(prompt)[-1].argmax()  # teacher-forced, in chunks of another size
     held = model.config.cache_bytes(1, 4096)
     assert held == 2 * 2 * 16 * 4 * 2047  # keys and values of two heads, for the window and no longer
+
+
+def test_noisy_measurements_are_taken_again_on_a_gpu():
+    gpu, cpu = Namespace(platform="gpu"), Namespace(platform="cpu")
+    quiet, noisy = [1.0, 1.001, 0.999, 1.0, 2.0], [1.0, 1.2, 0.8, 1.0, 1.1]
+    assert noise(quiet) < 0.01 < noise(noisy) and noise([3.0]) == 0  # one late start does not count
+    assert settled(lambda: list(quiet), gpu) == quiet
+    assert settled(lambda: list(noisy), cpu) == noisy
+    assert settled(lambda: list(noisy), gpu) == noisy * 4
+    rounds = iter([[(1.0,), (1.5,)], [(1.0,)] * 30])
+    assert len(settled(lambda: next(rounds), gpu, lambda pair: pair[0])) == 32
