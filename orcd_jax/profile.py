@@ -327,7 +327,7 @@ def table(title: str, result: Profile, ceilings: Ceilings) -> str:
     lines = [f"{title}: {result.traced_s * 1e3:.3f} ms traced, {result.untraced_s * 1e3:.3f} ms without the profiler "
              f"(±{result.spread:.1%})",
              f"  {'component':<20}{'time':>12}{'share':>8}{'bytes':>12}{'GB/s':>9}{'of ceiling':>12}"]  # fmt: skip
-    for row in result.components:
+    for row in (row for row in result.components if row.seconds):
         text = f"  {row.name:<20}{row.seconds * 1e3:>9.3f} ms{row.seconds / result.traced_s:>8.1%}"
         if row.read_bytes and row.seconds:
             least = ceilings.seconds(row.read_bytes, row.flops)
