@@ -169,7 +169,9 @@ def headline(model: LanguageModel, ceilings: Ceilings) -> None:
 def finish(model: LanguageModel, ceilings: Ceilings | None, result: dict[str, Any], args: argparse.Namespace) -> None:
     """Print a result on a model as the last line, one JSON object, and write it to `--json`'s file."""
     measured = asdict(ceilings) if ceilings is not None else {}
-    head = {"model": model.config.name, "weights": model.weights, **environment(model.device), **measured}
+    config = model.config
+    sizes = {"weights_bytes": config.weight_bytes(model.weights), "kv_bytes_per_token": config.cache_bytes(1, 1)}
+    head = {"model": config.name, "weights": model.weights, **sizes, **environment(model.device), **measured}
     emit({"bench": result.pop("bench"), **head, **result}, args)
 
 

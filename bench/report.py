@@ -339,18 +339,17 @@ def overview(results: list[Result]) -> str:
     rows = []
     single: dict[tuple[str, ...], list[Result]] = {}
     for result in (r for r in results if r["bench"] == "latency" and "requests" in r):
-        requests = [row | {"measured": when(result)} for row in result["requests"] if kind(row)[::2] == (1, "greedy")]
+        of_run = {"measured": when(result), "sizes": (result["weights_bytes"], result["kv_bytes_per_token"])}
+        requests = [row | of_run for row in result["requests"] if kind(row)[::2] == (1, "greedy")]
         if requests:
             single.setdefault(tuple(result[key] for key in _KEYS), []).extend(requests)
     for of, requests in single.items():
         short = min(requests, key=lambda row: row["prompt_tokens"])
         usual = min(requests, key=lambda row: abs(row["prompt_tokens"] - 128))
-        held = next((r for r in results if r["bench"] == "memory" and tuple(r[key] for key in _KEYS) == of), None)
         rows.append(
             (
                 *of,
-                f"{held['weights_bytes'] / 1e6:,.0f}" if held else "",
-                f"{held['kv_bytes_per_token']:,}" if held else "",
+                f"{usual['sizes'][0] / 1e6:,.0f}", f"{usual['sizes'][1]:,}",
                 f"{short['ttft_s']['median'] * 1e3:.1f} ({short['prompt_tokens']} tokens)",
                 f"{1e3 / usual['decode_tok_s']['median']:.2f}", f"{usual['decode_tok_s']['median']:,.1f}",
                 f"{usual['decode_tok_s']['median'] / usual['ceiling_tok_s']:.0%}", usual["measured"],
