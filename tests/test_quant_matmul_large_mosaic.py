@@ -18,6 +18,7 @@ from pallas_kernels.implementation import on_hopper
 from pallas_kernels.mosaic_gpu import threads
 
 kernel = pytest.importorskip("pallas_kernels.mosaic_gpu.quant_matmul_large")
+greatest = pytest.importorskip("pallas_kernels.mosaic_gpu.greatest")
 needs_hopper = pytest.mark.skipif(not on_hopper(), reason="needs an NVIDIA Hopper GPU")
 needs_lowering = pytest.mark.skipif(
     tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11), reason="needs Mosaic GPU as of jax 0.11"
@@ -152,7 +153,7 @@ def test_it_lowers_for_a_gpu(m, form):
     assert "mosaic_gpu" in lowered.as_text()
 
 
-def greatest(y):
+def greatest_of(y):
     """The greatest of each row of y and its first place; a NaN is the greatest."""
     return y.max(axis=1), y.argmax(axis=1)
 
@@ -180,13 +181,13 @@ def test_threads_agree_on_the_greatest(columns, known):
                 place = (group + 2 * tile) * 64 + row + 8 * half
                 at = [(place * columns + lane % 4 * 2 + (8 * j + i)) * 4 for j in range(columns // 8) for i in range(2)]
                 new = [threads.load_global(y + offset.wide())[0].float() for offset in at]
-                best = kernel.keep_greater(*best, new, place, known)
-        kernel.store_greatest(*best, [address + (group * 16).wide() for address in to], 8)
+                best = greatest.keep_greater(*best, new, place, known)
+        greatest.store_greatest(*best, [address + (group * 16).wide() for address in to], 8)
 
     parts = np.full((columns, 8), np.nan, np.float32), np.full((columns, 8), -1, np.int32)
     _, *found = simt.run(emit, [y, *parts], [0], 1, 256, 1)
-    value, place = kernel.agree(*map(jnp.asarray, found))
-    expected = greatest(y[:known].T)
+    value, place = greatest.agree(*map(jnp.asarray, found))
+    expected = greatest_of(y[:known].T)
     np.testing.assert_array_equal(value, expected[0])
     np.testing.assert_array_equal(place, expected[1])
 
@@ -254,8 +255,8 @@ def test_argmax_is_that_of_the_products(m, out, width, known):
     run = jax.jit(kernel.argmax, static_argnames=("known", "config"))
     for config in (None, *kernel.search_space(m, out, width, out_bytes=0)):
         for found in (run(x, values, scales, known=known, config=config) for _ in range(2)):
-            np.testing.assert_array_equal(found[0], greatest(y)[0])
-            np.testing.assert_array_equal(found[1], greatest(y)[1])
+            np.testing.assert_array_equal(found[0], greatest_of(y)[0])
+            np.testing.assert_array_equal(found[1], greatest_of(y)[1])
 
 
 @needs_hopper

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.mosaic_gpu import processors, threads
+from pallas_kernels.mosaic_gpu import greatest, processors, threads
 from pallas_kernels.tuning import choose
 
 BLOCK = 32  # weights with one scale
@@ -53,7 +53,6 @@ GREATEST_TILE = 128  # rows of x in a tile of the greatest form at most: what it
 WARPS = 4  # of a warpgroup
 
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
-Scalars = Sequence[threads.Scalar]
 
 load: Any = plgpu.load  # the types of older releases ask for an index
 
@@ -270,108 +269,6 @@ def _dequantize(values: jax.Array, scales: jax.Array) -> jax.Array:
     return convert(values, scales)
 
 
-def _kept(tile_m: int) -> list[Any]:
-    """The types of what a warpgroup keeps of `tile_m` rows of x in the greatest form: values and their columns of y.
-
-    Only the registers matter, of which wgmma's layout gives each thread as many as an accumulator has of one half of
-    its rows of weights.
-    """
-    shape, layout = (ROWS, tile_m // 2), plgpu.Layout.WGMMA
-    return [plgpu.ShapeDtypeStruct(shape, dtype, layout=layout) for dtype in (jnp.float32, jnp.int32)]
-
-
-def _keep_greater(acc: jax.Array, columns: jax.Array, best: Sequence[jax.Array], known: int) -> list[jax.Array]:
-    """What `_kept` describes, once an accumulator [64, tile_m] has been seen; its columns of y are int32 [64]."""
-    wgmma, kept = plgpu.Layout.WGMMA, _kept(acc.shape[1])
-
-    @plgpu.inline_mgpu(arg_types=(wgmma, _ROW_LAYOUT, wgmma, wgmma), return_type=kept)
-    def keep(_: Any, acc: Any, columns: Any, *best: Any) -> list[Any]:
-        found = _scalars(acc)
-        values, places = (_scalars(a) for a in best)
-        for half, place in enumerate(
-            _scalars(columns)
-        ):  # a thread's rows r and r + 8 of the weights take turns by twos
-            new = [x for i in range(2 * half, len(found), 4) for x in found[i : i + 2]]
-            values, places = keep_greater(values, places, new, place, known)
-        return [_like(a, scalars) for a, scalars in zip(best, (values, places), strict=True)]
-
-    return keep(acc, columns, *best)
-
-
-def _scalars(array: Any) -> list[threads.Scalar]:
-    """The elements that each thread has of an array in registers."""
-    count = array.layout.vector_length
-    return [
-        threads.Scalar(llvm.extractelement(register, _constant(i)))
-        for register in array.registers.flat
-        for i in range(count)
-    ]
-
-
-def _like(array: Any, scalars: Sequence[threads.Scalar]) -> Any:
-    """An array in registers as `array` is, of these elements."""
-    remaining, registers = iter(scalars), np.empty_like(array.registers)
-    for index, old in np.ndenumerate(array.registers):
-        register = llvm.mlir_undef(old.type)
-        for i in range(array.layout.vector_length):
-            register = llvm.insertelement(register, next(remaining).value, _constant(i))
-        registers[index] = register
-    return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=array.is_signed)
-
-
-def keep_greater(
-    values: Scalars, places: Scalars, new: Scalars, place: threads.Scalar, known: int
-) -> tuple[list[threads.Scalar], list[threads.Scalar]]:
-    """A thread's greatest values and their places, now that it has seen `new` ones at `place`, beyond all before.
-
-    The first of equal values is kept, and so is a NaN. Places from `known` on do not count.
-    """
-    counts = place < known
-    greater = [((old >= x) ^ True) & old.equals(old) & counts for old, x in zip(values, new, strict=True)]
-    return (
-        [threads.select(g, x, old) for g, x, old in zip(greater, new, values, strict=True)],
-        [threads.select(g, place, old) for g, old in zip(greater, places, strict=True)],
-    )
-
-
-def store_greatest(values: Scalars, places: Scalars, to: Scalars, stride: int) -> None:
-    """Write what the threads of a warpgroup agree on, warp by warp, to global memory [tile_m, 4].
-
-    Args:
-      values, places: of each thread, as of an accumulator's columns.
-      to: where the values and where the places go.
-      stride: elements between two rows there.
-    """
-    thread = threads.thread_index() % 128
-    warp, lane = thread // 32, thread % 32
-    best = list(zip(values, places, strict=True))
-    for distance in (4, 8, 16):  # between the lanes that have the same columns
-        best = [_greater(*pair, *(threads.shuffle_xor(x, distance) for x in pair)) for pair in best]
-    with threads.when(lane < 4):
-        for i, pair in enumerate(best):
-            offset = ((lane * 2 + (8 * (i // 2) + i % 2)) * stride + warp) * 4
-            for address, x in zip(to, pair, strict=True):
-                threads.store_global(address + offset.wide(), x)
-
-
-def _greater(value: Any, place: Any, other: Any, other_place: Any) -> tuple[threads.Scalar, threads.Scalar]:
-    """The greater of two values with its place; a NaN is the greatest, and of equals that of the lower place."""
-    number, same = value.equals(value), other.equals(value) | value.differs(value) & other.differs(other)
-    taken = ((value >= other) ^ True) & number | same & (other_place < place)
-    return threads.select(taken, other, value), threads.select(taken, other_place, place)
-
-
-def _store_greatest(best: Sequence[jax.Array], values: Any, places: Any) -> None:
-    """`store_greatest` of what `_kept` describes, to references [tile_m, 4]."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.RefType()))
-    def store(_: Any, values: Any, places: Any, *refs: Any) -> None:
-        (stride, _one), _offset = ir.MemRefType(refs[0].type).get_strides_and_offset()
-        store_greatest(_scalars(values), _scalars(places), [threads.global_address(ref) for ref in refs], stride)
-
-    store(*best, values, places)
-
-
 def _call(
     x: jax.Array,
     values: jax.Array,
@@ -480,7 +377,7 @@ def _call(
                 return jnp.minimum(row, values_ref.shape[0] - ROWS)
 
             def tile(i: jax.Array, best: Any) -> Any:
-                """Finish the CTA's i-th tile; `best` is what `_kept` describes in the greatest form, else nothing."""
+                """Finish the CTA's i-th tile; `best` is `greatest.kept` in the greatest form, else nothing."""
                 m0, n0 = place(i)
                 m0 = m0 + rank * columns
                 n0 = n0 + (0 if swiglu else wg * ROWS)
@@ -555,7 +452,7 @@ def _call(
                 acc = pl.run_scoped(multiply, plgpu.ACC((ROWS, tile_m), jnp.float32))
                 if known is not None:
                     rows = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=_ROW_LAYOUT)
-                    return _keep_greater(acc, n0 + rows, best, known)
+                    return greatest.keep(acc, n0 + rows, best, known)
                 if split > 1:
                     for q in range(split):  # rank q gets the q-th columns of all
                         plgpu.async_store_smem(
@@ -604,12 +501,14 @@ def _call(
             else:
                 nothing = [
                     plgpu.layout_cast(jnp.full(kept.shape, value, kept.dtype), kept.layout)
-                    for kept, value in zip(_kept(tile_m), (-jnp.inf, 0), strict=True)  # -inf alone: the first column
+                    for kept, value in zip(
+                        greatest.kept(tile_m), (-jnp.inf, 0), strict=True
+                    )  # -inf alone: the first column
                 ]
                 best = lax.fori_loop(0, my_tiles, tile, nothing)
                 number = lax.div(first_cluster, m_tiles) * cluster + lax.axis_index("cluster")
                 part = pl.ds(place(0)[0], tile_m), pl.ds((number * 2 + wg) * WARPS, WARPS)
-                _store_greatest(best, y_ref.at[part], places_ref.at[part])
+                greatest.store(best, y_ref.at[part], places_ref.at[part])
 
     f32 = jnp.float32
     consumed: dict[str, Any] = dict(num_arrivals=2, num_barriers=stages)
@@ -624,7 +523,7 @@ def _call(
         results: Any = jax.ShapeDtypeStruct((m, out), out_dtype)
     else:
         parts = m_tiles * tile_m, ctas // m_tiles * cluster * 2 * WARPS
-        results = [jax.ShapeDtypeStruct(parts, kept.dtype) for kept in _kept(tile_m)]
+        results = [jax.ShapeDtypeStruct(parts, kept.dtype) for kept in greatest.kept(tile_m)]
     if residual is not None:
         scratch.append(plgpu.Barrier(num_barriers=(2, slots)))
     if split > 1:
@@ -769,17 +668,4 @@ def argmax(
         config = choose("quant_matmul_argmax", key, heuristic(*settings), lambda: search_space(*settings))
     padded = jnp.pad(x, ((0, -m % 8), (0, 0))) if m % 8 else x
     found, places = _call(padded, values, scales, None, None, None, False, config, known)
-    return agree(found[:m], places[:m])
-
-
-def agree(values: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The greatest of each row of values, float32 [M, P], with its place of int32 [M, P]; a NaN is the greatest."""
-
-    def greater(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        (a, i), (b, j) = one, other
-        first = (a > b) | (a != a) & (b == b) | ((a == b) | (a != a) & (b != b)) & (i < j)
-        return jnp.where(first, a, b), jnp.where(first, i, j)
-
-    start = np.float32(-np.inf), np.int32(np.iinfo(np.int32).max)
-    greatest, place = lax.reduce((values, places), start, greater, (1,))
-    return greatest, place
+    return greatest.agree(found[:m], places[:m])
