@@ -213,7 +213,9 @@ def _emit(
     masked = jnp.where(ids < known, logits, -jnp.inf)
     penalized = penalize(masked, state.seen, state.sampling.repeat_penalty)
     tokens = sample(penalized, state.sampling, state.keys, state.cache.lengths, method)
-    state, emitted = _advance(state, jnp.max(penalized, axis=-1), tokens)
+    # A NaN is the greatest, but XLA's maximum on a CPU passes over one where no argmax is computed beside it.
+    watched = jnp.where(jnp.isnan(penalized), jnp.inf, penalized) if method == "candidates" else penalized
+    state, emitted = _advance(state, jnp.max(watched, axis=-1), tokens)
     if top_logprobs is None:
         return state, emitted
     logprobs = jax.nn.log_softmax(masked, axis=-1)

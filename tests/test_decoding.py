@@ -9,6 +9,7 @@ import re
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from orcd_jax.decoding import NO_TOKEN, NOT_FINITE, Emitted
 from orcd_jax.errors import RequestError
 from orcd_jax.gguf_reader import GGUFFile
 from orcd_jax.loader import load_params
-from orcd_jax.sampling import Sampling, row_keys
+from orcd_jax.sampling import Method, Sampling, row_keys
 from pallas_kernels.quant_matmul_argmax import IMPLEMENTATIONS as ARGMAX
 
 MODEL = "llama-odd"
@@ -357,6 +358,18 @@ def test_a_row_that_is_not_finite_ends_alone(model):
     expected = plain.copy()
     expected[0, step + 1 :] = [NOT_FINITE] + [NO_TOKEN] * (NEW - step - 2)
     assert generate((poison(params, "embedding", plain[0, step]), config), GREEDY).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_one_logit_of_many_that_is_not_finite_ends_a_row(method, temperature):
+    config = replace(ModelConfig.from_preset("qwen2.5-0.5b"), vocab_size=4001, known_tokens=4001)
+    sampling = Sampling(temperature).rows(2)
+    state = init_state(config, jnp.full(2, 9), row_keys([0, 0]), jnp.full((2, 1), NO_TOKEN), sampling, 8)
+    logits = jax.random.normal(jax.random.key(0), (2, 4001))
+    advance = jax.jit(decoding._emit, static_argnums=(0, 3, 4))
+    _, emitted = advance(config, state, logits.at[1, 1333].set(jnp.nan), None, method)
+    assert emitted.tokens[0] >= 0 and emitted.tokens[1] == NOT_FINITE
 
 
 def test_a_padded_id_may_hold_anything(model):
