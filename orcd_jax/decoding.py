@@ -7,7 +7,8 @@ sampling value of its shapes. Rows never look at each other.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from orcd_jax.model import Decoder
 from orcd_jax.sampling import Method, Sampling, penalize, portable_keys, sample, value_dtype
 from pallas_kernels import top_k
 from pallas_kernels.decode_step import Handover
+from pallas_kernels.quant_matmul_argmax import greatest
 
 NO_TOKEN = -1  # emitted by a row that has ended
 NOT_FINITE = -2  # emitted by a row whose logits are not finite; it ends there
@@ -209,6 +211,8 @@ def _emit(
 ) -> tuple[DecodeState, Emitted]:
     """As `emit`, from logits [B, V]."""
     known = config.known_tokens or config.vocab_size
+    if method == "argmax" and top_logprobs is None:
+        return _advance(state, *greatest(logits, known))
     ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     masked = jnp.where(ids < known, logits, -jnp.inf)
     penalized = penalize(masked, state.seen, state.sampling.repeat_penalty)
@@ -229,13 +233,17 @@ def _advance(state: DecodeState, greatest: jax.Array, tokens: jax.Array) -> tupl
     running = state.remaining > 0
     finite = jnp.isfinite(greatest)  # a NaN is the greatest
     emitted = jnp.where(running, jnp.where(finite, tokens, NOT_FINITE), NO_TOKEN)
-    stopped = jnp.any(state.stop_ids == emitted[:, None], axis=-1) | ~finite
-    rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    # A reduction, and a scatter of one row with the checks that XLA gives it, would be five more kernels in a step.
+    stopped = reduce(or_, [ids == emitted for ids in state.stop_ids.T], ~finite)
+    if len(tokens) == 1:
+        seen = lax.dynamic_update_slice(state.seen, jnp.ones((1, 1), bool), (0, tokens[0]))
+    else:
+        seen = state.seen.at[jnp.arange(len(tokens), dtype=jnp.int32), tokens].set(True)
     state = replace(
         state,
         tokens=tokens,
         remaining=jnp.where(running & ~stopped, state.remaining - 1, 0),
-        seen=state.seen.at[rows, tokens].set(True),
+        seen=seen,
     )
     return state, Emitted(emitted, None, None, None)
 

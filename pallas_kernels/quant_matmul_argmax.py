@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.implementation import dispatch
@@ -18,10 +19,24 @@ from pallas_kernels.quant_matmul import reference as matmul
 
 def greatest(y: jax.Array, known: int) -> tuple[jax.Array, jax.Array]:
     """The greatest of each row's first `known` elements of y, float32 [M, out], and its place; NaN is the greatest."""
-    y = jnp.where(lax.broadcasted_iota(jnp.int32, y.shape, 1) < known, y, -jnp.inf)
-    places = jnp.argmax(y, axis=-1).astype(jnp.int32)
-    # Not by `jnp.max`: in long rows XLA's maximum on a CPU passes over a NaN.
-    return jnp.take_along_axis(y, places[:, None], axis=-1)[:, 0], places
+    places = lax.broadcasted_iota(jnp.int32, y.shape, 1)
+    return agree(jnp.where(places < known, y, -jnp.inf), places)
+
+
+def agree(values: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The greatest of each row of values, float32 [M, P], with its place of int32 [M, P]; a NaN is the greatest.
+
+    One pass, where a maximum and an argmax would be two; and XLA's maximum on a CPU passes over a NaN in a long row.
+    """
+
+    def greater(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        (a, i), (b, j) = one, other
+        first = (a > b) | (a != a) & (b == b) | ((a == b) | (a != a) & (b != b)) & (i < j)
+        return jnp.where(first, a, b), jnp.where(first, i, j)
+
+    start = np.float32(-np.inf), np.int32(np.iinfo(np.int32).max)
+    value, place = lax.reduce((values, places), start, greater, (1,))
+    return value, place
 
 
 def reference(x: jax.Array, weight: Weight, known: int) -> tuple[jax.Array, jax.Array]:

@@ -16,6 +16,7 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 
 from pallas_kernels.implementation import on_hopper
 from pallas_kernels.mosaic_gpu import threads
+from pallas_kernels.quant_matmul_argmax import agree
 
 kernel = pytest.importorskip("pallas_kernels.mosaic_gpu.quant_matmul_large")
 greatest = pytest.importorskip("pallas_kernels.mosaic_gpu.greatest")
@@ -186,7 +187,7 @@ def test_threads_agree_on_the_greatest(columns, known):
 
     parts = np.full((columns, 8), np.nan, np.float32), np.full((columns, 8), -1, np.int32)
     _, *found = simt.run(emit, [y, *parts], [0], 1, 256, 1)
-    value, place = greatest.agree(*map(jnp.asarray, found))
+    value, place = agree(*map(jnp.asarray, found))
     expected = greatest_of(y[:known].T)
     np.testing.assert_array_equal(value, expected[0])
     np.testing.assert_array_equal(place, expected[1])

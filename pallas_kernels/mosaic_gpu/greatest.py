@@ -1,8 +1,8 @@
 """The greatest element of each column of wgmma's accumulators, as they pass by, with its place.
 
 Each thread keeps the greatest that it has seen of each of its columns (`keep`), from tile to tile. In the end the
-threads of a warp agree (`store`), and XLA on what the warps have written (`agree`): always in the same order. A NaN is
-the greatest, and of equals the first.
+threads of a warp agree (`store`), and XLA on what the warps have written: always in the same order. A NaN is the
+greatest, and of equals the first.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -124,16 +123,3 @@ def store(best: Sequence[jax.Array], values: Any, places: Any) -> None:
         store_greatest(_scalars(values), _scalars(places), [t.global_address(ref) for ref in refs], stride)
 
     run(*best, values, places)
-
-
-def agree(values: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The greatest of each row of values, float32 [M, P], with its place of int32 [M, P]; a NaN is the greatest."""
-
-    def greater(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        (a, i), (b, j) = one, other
-        first = (a > b) | (a != a) & (b == b) | ((a == b) | (a != a) & (b != b)) & (i < j)
-        return jnp.where(first, a, b), jnp.where(first, i, j)
-
-    start = np.float32(-np.inf), np.int32(np.iinfo(np.int32).max)
-    greatest, place = lax.reduce((values, places), start, greater, (1,))
-    return greatest, place

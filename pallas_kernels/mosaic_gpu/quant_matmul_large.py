@@ -40,6 +40,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.mosaic_gpu import greatest, processors, threads
+from pallas_kernels.quant_matmul_argmax import agree
 from pallas_kernels.tuning import choose
 
 BLOCK = 32  # weights with one scale
@@ -668,4 +669,4 @@ def argmax(
         config = choose("quant_matmul_argmax", key, heuristic(*settings), lambda: search_space(*settings))
     padded = jnp.pad(x, ((0, -m % 8), (0, 0))) if m % 8 else x
     found, places = _call(padded, values, scales, None, None, None, False, config, known)
-    return greatest.agree(found[:m], places[:m])
+    return agree(found[:m], places[:m])
