@@ -405,6 +405,7 @@ _PTX: list[tuple[str, Callable[..., Any]]] = [
     (r"st\.global\.b16 \[\$1\], low", _Machine.store_half),
     (r"cp\.async\.bulk\.shared", _Machine.copy),
     (r"^fma\.rn\.f32", _pure(lambda a, b, c: a * b + c)),
+    (r"sub\.rn\.f32 low, \$1, \$2; sub\.rn\.f32 \$0, \$1, low;", _pure(lambda far, x: far - (far - x))),
     (r"^rsqrt\.", _pure(lambda x: 1 / np.sqrt(x))),
     (r"^rcp\.", _pure(lambda x: 1 / x)),
     (r"^ex2\.", _pure(np.exp2)),

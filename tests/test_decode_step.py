@@ -29,6 +29,7 @@ from pallas_kernels.decode_step import (
     unpack_parts,
 )  # fmt: skip
 from pallas_kernels.implementation import on_hopper
+from pallas_kernels.mosaic_gpu import threads as t
 
 SIZES = DecoderSizes(
     n_layers=2, d_model=256, d_ff=256, n_heads=4, n_kv_heads=2, head_dim=64, vocab_size=160, eps=1e-6, window=None
@@ -386,6 +387,25 @@ def check_rows(sizes, length, positions, jit):
                 slots = [(position + i) % length if sizes.ring else position + i for i in range(2)]
                 for slot in (slot for slot in slots if slot < length):
                     assert relative_error(cache[row, :, slot], right_cache[row, :, slot]) < 2e-2
+
+
+def test_what_rows_are_handed_is_rounded_not_cut_off(simulated):
+    """A mark takes a float16's lowest bit: ten significant bits are left."""
+    from pallas_kernels.mosaic_gpu import decode_step_rows as rows
+
+    given = np.random.default_rng(0).uniform(-2, 2, (32, 4)).astype(np.float32)
+    given[0] = 1 + 2.0**-10 + 2.0**-20, -4095.5, 60000, np.nan
+
+    def emit(_, source, space, _shared):
+        kernel = rows.RowsKernel(SIZES, 8, 24, 2)
+        source, kernel.here, place = t.global_address(source), t.global_address(space), t.thread_index()
+        kernel.mark = rows.marks(place)
+        kernel._hand_on(place * 8, [word.float() for word in t.load_global(source + (place * 16).wide(), 4)])
+
+    _, words = simt.run(emit, [given, np.zeros((32, 2), np.int32)], [0], 1, 32, 1)
+    found = (words & ~rows.MARKS).view(np.float16).astype(np.float32)
+    significand, exponent = np.frexp(given)
+    np.testing.assert_array_equal(found, np.ldexp(np.round(significand * 2**10), exponent - 10))
 
 
 # Both models' shapes, with fewer layers and tokens.

@@ -180,7 +180,7 @@ class Frame:
 
     def _at_once(self, stage: Stage) -> int:
         """The most units that a block multiplies by at once."""
-        return HEAD_UNITS if stage == self.logits else self._most_units(stage)
+        return HEAD_UNITS if stage is self.logits else self._most_units(stage)
 
     def _most_units(self, stage: Stage) -> int:
         """The most units of a block's share."""

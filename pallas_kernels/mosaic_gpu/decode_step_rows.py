@@ -93,7 +93,7 @@ class RowsKernel(Frame):
             raise NotImplementedError(f"at most {BLOCKS} blocks, not {blocks}")
         self.places = HandoverOfRows.of(sizes, rows)
         self.team = self.slot_keys // KEYS
-        if not 1 <= WARPS // max(1, self.team) <= self.slots:
+        if not self.team or WARPS // self.team > self.slots:
             raise NotImplementedError(f"keys of {sizes.head_dim} in a ring of {self.slots} slots")
 
     def _at_once(self, stage: Stage) -> int:
@@ -253,6 +253,7 @@ class RowsKernel(Frame):
                 return functools.reduce(lambda a, b: a | b, wrong).equals(0), []
 
             t.repeat_until(attempt, [])
+            t.synchronize_warp()
         t.synchronize(1, self.threads)
 
     def _take_features(self, places: Sequence[Scalar], mark: Scalar) -> list[list[Scalar]]:
@@ -290,7 +291,11 @@ class RowsKernel(Frame):
         return [value.float() for value in values]
 
     def _hand_on(self, place: Scalar, values: Sequence[Scalar]) -> None:
-        """Hand four results on, over `SCALE` already, at `place`, counted in bytes."""
+        """Hand four results on, over `SCALE` already, at `place`, counted in bytes.
+
+        They are rounded to what a mark leaves of a float16: cut off, they would shrink x in each layer.
+        """
+        values = [t.round_to_bits(value, 10) for value in values]
         words = [t.pack_halves(*values[i : i + 2]) & ~MARKS | self.mark for i in range(0, len(values), 2)]
         t.store_global(self.here + place.wide(), *words, how=".relaxed.gpu")
 
