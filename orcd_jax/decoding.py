@@ -24,7 +24,7 @@ from orcd_jax.model import Decoder
 from orcd_jax.sampling import Method, Sampling, penalize, portable_keys, sample, value_dtype
 from pallas_kernels import top_k
 from pallas_kernels.decode_step import Handover
-from pallas_kernels.quant_matmul_argmax import greatest
+from pallas_kernels.quant_matmul_argmax import agree, greatest
 
 NO_TOKEN = -1  # emitted by a row that has ended
 NOT_FINITE = -2  # emitted by a row whose logits are not finite; it ends there
@@ -217,9 +217,7 @@ def _emit(
     masked = jnp.where(ids < known, logits, -jnp.inf)
     penalized = penalize(masked, state.seen, state.sampling.repeat_penalty)
     tokens = sample(penalized, state.sampling, state.keys, state.cache.lengths, method)
-    # A NaN is the greatest, but XLA's maximum on a CPU passes over one where no argmax is computed beside it.
-    watched = jnp.where(jnp.isnan(penalized), jnp.inf, penalized) if method == "candidates" else penalized
-    state, emitted = _advance(state, jnp.max(watched, axis=-1), tokens)
+    state, emitted = _advance(state, agree(penalized, ids)[0], tokens)  # `sample` has the same reduction, but for draws
     if top_logprobs is None:
         return state, emitted
     logprobs = jax.nn.log_softmax(masked, axis=-1)
