@@ -30,7 +30,7 @@ from orcd_jax import hub
 from orcd_jax.config import ModelConfig, array_bytes
 from orcd_jax.errors import OrcdJaxError
 from orcd_jax.language_model import LanguageModel, load
-from orcd_jax.probe import Ceilings, Probe, measure_ceilings, settled
+from orcd_jax.probe import Ceilings, Probe, measure_ceilings, noise, settled
 
 STEPS = 16  # of decoding in one program
 
@@ -84,7 +84,7 @@ class Profile:
     components: list[Component]
     traced_s: float  # a step, of those from the first kernel's beginning to the last one's end
     untraced_s: float  # a step without the profiler, among programs back to back: median, with command buffers
-    spread: float  # half the range of those measurements, as a share of the median
+    spread: float  # of those measurements: their `noise`
     steps: int  # in one program
     unknown: dict[str, float]  # the rest's instructions, seconds a step
 
@@ -213,12 +213,11 @@ def profile(model: LanguageModel, batch: int, held: int, prompt: int | None, rep
         if component == "rest":
             unknown[re.sub(r"[.\d]+$", "", str(name))] += span / steps
     work = component_work(model.config, model.weights, batch, held + (steps // 2 if prompt is None else 0), prompt or 1)
-    median = statistics.median(times)
     return Profile(
         components=[Component(name, seconds[name], *work.get(name, (0, 0))) for name in COMPONENTS],
         traced_s=total / steps,
-        untraced_s=median,
-        spread=(max(times) - min(times)) / 2 / median,
+        untraced_s=statistics.median(times),
+        spread=noise(times),
         steps=steps,
         unknown=dict(sorted(unknown.items(), key=lambda item: -item[1])),
     )
@@ -329,7 +328,7 @@ def table(title: str, result: Profile, ceilings: Ceilings) -> str:
              f"  {'component':<20}{'time':>12}{'share':>8}{'bytes':>12}{'GB/s':>9}{'of ceiling':>12}"]  # fmt: skip
     for row in (row for row in result.components if row.seconds):
         text = f"  {row.name:<20}{row.seconds * 1e3:>9.3f} ms{row.seconds / result.traced_s:>8.1%}"
-        if row.read_bytes and row.seconds:
+        if row.read_bytes:
             least = ceilings.seconds(row.read_bytes, row.flops)
             text += f"{row.read_bytes / 1e6:>9.2f} MB{row.read_bytes / row.seconds / 1e9:>9.1f}"
             text += f"{least / row.seconds:>12.1%}"
