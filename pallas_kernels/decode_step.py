@@ -35,8 +35,6 @@ COPIES = 4  # of what many blocks read, so that they wait for different memory
 CHUNKS = 32  # the most that a head's keys are split into
 DOWN_SPLIT = 2  # parts of the inputs of the down projection
 ROWS = 8  # the most of a batch that a kernel takes
-BLOCKS = 256  # the most of a kernel of several rows
-TOLD = 4  # stages of a layer whose blocks tell that they are done
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,6 @@ class HandoverOfRows(NamedTuple):
     out: int  # [D, ROWS]
     hidden: int  # [F, ROWS]
     down: int  # [2, D, ROWS]: two parts, to be summed
-    tags: int  # [TOLD, COPIES, BLOCKS], int32: the layer that a block has last handed on its results of
     total: int
 
     @classmethod
@@ -144,7 +141,7 @@ class HandoverOfRows(NamedTuple):
         outputs = sizes.chunks_of(rows) * ROWS * sizes.n_heads
         counts = (
             2 * ROWS * sizes.qkv_rows, 2 * outputs * sizes.head_dim, 8 * outputs, 2 * ROWS * sizes.d_model,
-            2 * ROWS * sizes.d_ff, DOWN_SPLIT * 2 * ROWS * sizes.d_model, 4 * TOLD * COPIES * BLOCKS,
+            2 * ROWS * sizes.d_ff, DOWN_SPLIT * 2 * ROWS * sizes.d_model,
         )  # fmt: skip
         return cls(*(sum(counts[:i]) for i in range(len(counts) + 1)))
 

@@ -412,6 +412,6 @@ _PTX: list[tuple[str, Callable[..., Any]]] = [
     (r"^lg2\.", _pure(np.log2)),
     (r"^cp\.async\.cg\.shared\.global[\w:.]* \[\$0\], \[\$1\], 16;$", _Machine.copy_16),
     (r"^cp\.async\.mbarrier", lambda *_: None),
-    (r"^(fence|bar\.sync|bar\.warp|barrier\.cluster|mbarrier|prefetch|nanosleep)|mbarrier\.try_wait", lambda *_: None),
+    (r"^(fence|bar\.sync|bar\.warp|barrier\.cluster|mbarrier|prefetch)|mbarrier\.try_wait", lambda *_: None),
     (r"^(setmaxnreg|\.pragma)", lambda *_: None),
 ]

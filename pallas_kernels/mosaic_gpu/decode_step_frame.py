@@ -2,8 +2,9 @@
 
 One block on each SM runs the whole stack. A block's producer thread streams the weights of its share of every stage
 through a ring in shared memory, stage after stage and layer after layer: weights depend on nothing, so it runs as far
-ahead as the ring is long, and the memory is busy while stages wait for each other. Its other warps wait for a stage's
-activations, multiply and hand the results on.
+ahead as the ring is long, and the memory is busy while stages wait for each other. It does not ask for all of that at
+once: what blocks hand each other would queue behind. Its other warps wait for a stage's activations, multiply and hand
+the results on.
 
 Stages of a layer: q|k|v, attention, output projection, gate|up, down. A stage's results go through global memory
 (that is, L2) as words that tell which layer and step they are of: a reader polls the very words that it needs until all
@@ -29,10 +30,10 @@ from pallas_kernels.mosaic_gpu.threads import Scalar
 
 SLOT_GROUPS = WARPS = 8  # of a slot of the ring: one for each warp that multiplies
 SLOT_BYTES = SLOT_GROUPS * GROUP_BYTES
+IN_FLIGHT = 2  # slots that are on their way: enough for the memory, and what stages hand on waits behind no more
 MOST_SLOTS = 48  # of the ring, for which there are barriers
 KEYS = 16  # that a warp attends to at a time
 MERGED = 4  # chunks of keys whose outputs are merged at a time
-PAUSE = 20  # nanoseconds between two looks at what is waited for
 HEAD_UNITS = 8  # of the head that are summed at a time
 SCALE = 16.0  # results are handed on as float16 of their value over this, or as float32
 SHARED_BYTES = 227 * 1024 - 1024
@@ -228,9 +229,12 @@ class Frame:
         return t.select(moved < blocks, moved, moved - blocks)
 
     def _empty_slot(self, count: Scalar) -> tuple[Scalar, Scalar]:
-        """The ring's slot number `count`, once it is empty, and the barrier that counts what comes in."""
-        place, lap = count % self.slots, count // self.slots
+        """The ring's slot number `count`, once it is empty and less than `IN_FLIGHT` are on their way, and the barrier
+        that counts what comes in."""
+        place, lap, earlier = count % self.slots, count // self.slots, count - IN_FLIGHT
         t.wait(self.empty + place * 8, (lap & 1) ^ 1)
+        with t.when(count >= IN_FLIGHT):
+            t.wait(self.full + earlier % self.slots * 8, earlier // self.slots & 1)
         return self.base + self.ring + place * SLOT_BYTES, self.full + place * 8
 
     def _produce(self) -> None:
@@ -359,6 +363,7 @@ class Frame:
             with t.when(self.thread < ((finishers + 31) & ~31)):
                 place = unit * (GROUP_ROWS * self.row_bytes * self._partials(stage))
                 finish(self.base + self.partial + place + self._finisher_place(), self.thread < finishers)
+            t.synchronize(1, self.threads)  # warps that wait for the next stage would slow down those that finish
         return count + ((total + (SLOT_GROUPS - 1)) >> 3)
 
     # Attention.

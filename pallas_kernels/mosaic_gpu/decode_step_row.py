@@ -23,7 +23,6 @@ from pallas_kernels.mosaic_gpu.decode_step_frame import (
     KEYS,
     MASKED,
     MERGED,
-    PAUSE,
     SCALE,
     SLOT_BYTES,
     WARPS,
@@ -130,7 +129,6 @@ class RowKernel(Frame):
                 a, tag_a = t.load_global(address, 2, how=".relaxed.gpu")
                 values.append(a)
                 tags.append(tag_a)
-            t.ptx(f"nanosleep.u32 {PAUSE};")
             done = [found.equals(tag) for found in tags]
             return functools.reduce(lambda p, q: Scalar(arith.andi(p.value, q.value)), done), values
 

@@ -9,9 +9,8 @@ over `SCALE` in shared memory, as they are handed on. A warp adds up the groups 
 Handing on. A feature's results are float16, one a row. Every 32-bit word of them carries two bits that
 number the layer, in place of the lowest bit of each half, so that a reader knows each word by itself: what lay there
 before is from two layers ago, or from none. All words are written in every layer, by those who have nothing to say too.
-To look at all of them again and again would keep L2 from everything else, so each block tells with one word that it has
-handed on its part of a stage, and all of a stage is asked for once all blocks have. That is only a hint, without a
-fence: what is asked for is looked at all the same.
+To look at all of them again and again would keep L2 and the block's other warps from everything else, so each thread
+looks at one of its words until it is there, and then at all.
 The residual stream is not kept by the blocks: who makes a feature of a layer's sums adds what came before.
 
 Attention. The keys and values that the cache has depend on nothing that the step makes, so they come through the ring,
@@ -30,13 +29,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.decode_step import (
-    BLOCKS,
-    COPIES,
     DOWN_SPLIT,
     GROUP_INPUTS,
     GROUP_ROWS,
     ROWS,
-    TOLD,
     DecoderSizes,
     HandoverOfRows,
 )
@@ -46,7 +42,6 @@ from pallas_kernels.mosaic_gpu.decode_step_frame import (
     KEYS,
     MASKED,
     MERGED,
-    PAUSE,
     SCALE,
     SLOT_BYTES,
     WARPS,
@@ -59,7 +54,6 @@ MARKS = 0x00010001  # the bits of a word that number layers
 POLLED = 24  # features' results, of 16 bytes, that a thread asks for at a time: mostly all that it takes
 ATTENDED = 4  # the most units of attention that a block sees to at a time
 FEATURE = 2 * ROWS  # bytes of a feature's results
-ATTENDED_TO, OUT, HIDDEN, DOWN = range(TOLD)  # stages that blocks tell the others of
 PAIRS = 32  # of features: first all even ones are handed on, then the odd ones, so that lanes read what is side by side
 
 
@@ -89,8 +83,6 @@ class RowsKernel(Frame):
         fit = SLOT_BYTES // (4 * sizes.head_dim)
         self.slot_keys = min(KEYS * WARPS, 1 << (fit.bit_length() - 1))
         super().__init__(sizes, blocks, length)
-        if blocks > BLOCKS:
-            raise NotImplementedError(f"at most {BLOCKS} blocks, not {blocks}")
         self.places = HandoverOfRows.of(sizes, rows)
         self.team = self.slot_keys // KEYS
         if not self.team or WARPS // self.team > self.slots:
@@ -171,26 +163,21 @@ class RowsKernel(Frame):
             before = self.space + (((self.tag & 1) ^ 1) * places.total).wide() + places.down
             self.before = t.select(index.equals(0), x, before)
 
-            self._normal(self.before, DOWN, self.tag - 1, vectors, index.differs(0))
+            self._normal(self.before, DOWN_SPLIT, self.tag - 1, vectors)
             bias = vectors + 4 * 2 * m.d_model
             count = self._products_of(stages[0], turn, count, lambda unit: self._qkv(unit, bias))
             count = self._attend(turn, count)
-            self._tell(ATTENDED_TO)
             turn = self._next(stages[0], turn)
 
             share = self._share(stages[1], turn)
             with t.when(share[1].differs(0)):
                 self._merge(self.here)
             count = self._products_of(stages[1], turn, count, self._out)
-            self._tell(OUT)
             turn = self._next(stages[1], turn)
 
-            self._normal(self.here + places.out, OUT, self.tag, vectors + 4 * m.d_model)
+            self._normal(self.here + places.out, 1, self.tag, vectors + 4 * m.d_model)
             count = self._products_of(stages[2], turn, count, self._swiglu)
-            self._tell(HIDDEN)
             turn = self._next(stages[2], turn)
-
-            self._wait_for_blocks(HIDDEN, self.tag)
 
             def part(i: Scalar, own: tuple[Scalar, Scalar], count: Scalar) -> Scalar:
                 self._hidden(self.here + places.hidden, i)
@@ -198,13 +185,12 @@ class RowsKernel(Frame):
                 return self._in_batches(stages[3], own, count, lambda piece, count: multiply(piece, count))
 
             count = self._by_parts(self._share(stages[3], turn), count, part)
-            self._tell(DOWN)
             return self._next(stages[3], turn), count
 
         turn, count = t.loop(0, m.n_layers, 1, [self.block, t.constant(0)], layer)
         tag = self.first_tag + (m.n_layers - 1)
         last = self.space + ((tag & 1) * places.total).wide() + places.down
-        self._normal(last, DOWN, tag, self.norm)
+        self._normal(last, DOWN_SPLIT, tag, self.norm)
         self._products_of(self.logits, turn, count, self._logits)
 
     def _products_of(
@@ -218,43 +204,22 @@ class RowsKernel(Frame):
     def _wait_for(self, places: Sequence[tuple[Scalar, int]], mark: Scalar) -> list[list[Scalar]]:
         """The words at each (address, number of words) once all carry the mark; without their marks."""
 
+        def look() -> tuple[Scalar, Sequence[Scalar]]:
+            (word,) = t.load_global(places[-1][0], how=".relaxed.gpu")
+            return ((word ^ mark) & MARKS).equals(0), []
+
+        if len(places) > 2:
+            t.repeat_until(look, [])
+            t.synchronize_warp()
+
         def attempt() -> tuple[Scalar, Sequence[Scalar]]:
             words = [w for at, n in places for w in t.load_global(at, n, how=".relaxed.gpu")]
-            t.ptx(f"nanosleep.u32 {PAUSE};")
             wrong = functools.reduce(lambda a, b: a | b, [word ^ mark for word in words]) & MARKS
             return wrong.equals(0), [word & ~MARKS for word in words]
 
         words = iter(t.repeat_until(attempt, [t.i32()] * sum(n for _, n in places)))
         t.synchronize_warp()
         return [[next(words) for _ in range(n)] for _, n in places]
-
-    def _tags(self, stage: int, tag: Scalar, copy: Scalar) -> Scalar:
-        """The address of a copy of the blocks' tags of a stage, in a layer."""
-        place = (copy + stage * COPIES) * (4 * BLOCKS) + self.places.tags
-        return self.space + ((tag & 1) * self.places.total + place).wide()
-
-    def _tell(self, stage: int) -> None:
-        """Tell all blocks that this one has handed on its part of a stage, or is about to in another warp."""
-        with t.when(self.thread < COPIES):
-            own = self._tags(stage, self.tag, self.thread) + (self.block * 4).wide()
-            t.store_global(own, self.tag, how=".relaxed.gpu")
-
-    def _wait_for_blocks(self, stage: int, tag: Scalar) -> None:
-        """Wait until all blocks have told of a stage; all of the block together."""
-        readers = -(-self.blocks // 4)
-        with t.when(self.thread < -(-readers // 32) * 32):
-            first = t.minimum(self.thread, readers - 1) * 4
-            address = self._tags(stage, tag, self.block % COPIES) + (first * 4).wide()
-
-            def attempt() -> tuple[Scalar, Sequence[Scalar]]:
-                words = t.load_global(address, 4, how=".relaxed.gpu")
-                t.ptx(f"nanosleep.u32 {PAUSE};")
-                wrong = [t.select(first + i < self.blocks, word ^ tag, 0) for i, word in enumerate(words)]
-                return functools.reduce(lambda a, b: a | b, wrong).equals(0), []
-
-            t.repeat_until(attempt, [])
-            t.synchronize_warp()
-        t.synchronize(1, self.threads)
 
     def _take_features(self, places: Sequence[Scalar], mark: Scalar) -> list[list[Scalar]]:
         """All rows' results of the feature at each address, once they are there."""
@@ -282,7 +247,6 @@ class RowsKernel(Frame):
 
         def attempt() -> tuple[Scalar, Sequence[Scalar]]:
             pairs = [t.load_global(place, 2, how=".relaxed.gpu") for place in places]
-            t.ptx(f"nanosleep.u32 {PAUSE};")
             wrong = functools.reduce(lambda a, b: a | b, [tag ^ self.tag for _, tag in pairs])
             return wrong.equals(0), [value for value, _ in pairs]
 
@@ -304,18 +268,14 @@ class RowsKernel(Frame):
         words = t.load_global(address, 2, how=".relaxed.gpu")
         return [half for word in words for half in t.unpack_halves(word & ~MARKS)]
 
-    def _normal(self, source: Scalar, stage: int, tag: Scalar, scales: Scalar, told: Scalar | None = None) -> None:
-        """x times the norm's scale as activations, and the sums of squares; the root is applied to the result.
-
-        A stage of a layer has made x; no block tells of it where not `told`.
-        """
-        m, parts, mark = self.model, DOWN_SPLIT if stage == DOWN else 1, marks(tag)
+    def _normal(self, source: Scalar, parts: int, tag: Scalar, scales: Scalar) -> None:
+        """x, the sum of so many parts, times the norm's scale as activations, and the sums of squares; the root is
+        applied to the result."""
+        m, mark = self.model, marks(tag)
         pairs = m.d_model // 2
         near, exist = self._own_pairs(pairs)
         # The scales may come from memory, behind weights: they are asked for before there is something to wait for.
         factors = [[w.float() for w in t.load_global(scales + (index * 8).wide(), 2)] for index in near]
-        with t.when(told):
-            self._wait_for_blocks(stage, tag)
         squares = [t.constant(0.0, t.f32())] * ROWS
         together = POLLED // (2 * parts)
         for start in range(0, len(near), together):
@@ -677,7 +637,7 @@ class RowsKernel(Frame):
     def _take_queries(self, first: Scalar) -> None:
         """The groups' queries and the new keys and values of the units from `first` on, as bfloat16."""
         m = self.model
-        each, tiles = m.head_dim // 2, m.head_dim // GROUP_ROWS
+        each = m.head_dim // 2
 
         def heads(index: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
             """Of a number of a unit and one of its heads, the new key and value being the last: unit, own number, row,
@@ -688,16 +648,6 @@ class RowsKernel(Frame):
             new = m.n_heads + (own - self.group) * m.n_kv_heads
             source = t.select(own < self.group, head * self.group + own, new + head)
             return place, own, row, source * m.head_dim
-
-        # One feature of each unit of q|k|v first: to look at all again and again would keep L2 from everything else.
-        looks = self.attended * (self.group + 2) * tiles
-        for start in range(0, looks, self.threads):
-            with t.when(self.thread < -(-(looks - start) // 32) * 32):
-                index = t.minimum(self.thread + start, looks - 1)
-                _, own, _, feature = heads(index // tiles)
-                within = index % tiles * t.select(own < self.group + 1, t.constant(GROUP_ROWS // 2), GROUP_ROWS)
-                self._wait_for([(self.here + ((feature + within) * FEATURE + self.places.qkv).wide(), 2)], self.mark)
-        t.synchronize(1, self.threads)
 
         items = self.attended * (self.group + 2) * each
         indices = [self.thread + start for start in range(0, items, self.threads)]
@@ -759,8 +709,6 @@ class RowsKernel(Frame):
         if self.chunks > 1:
             self._weigh_chunks(source)
             t.synchronize(1, self.threads)
-        else:
-            self._wait_for_blocks(ATTENDED_TO, self.tag)
         each = m.head_dim // 8  # pieces of a head's output
         items = self.rows * m.n_heads * each
         together, thread = min(POLLED // 2, -(-items // self.threads)), self._turned()
