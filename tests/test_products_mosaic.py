@@ -9,7 +9,7 @@ import simt
 from test_quant_matmul_mosaic import agree, normal, random_weight
 
 from pallas_kernels.implementation import on_hopper
-from pallas_kernels.mosaic_gpu import products
+from pallas_kernels.mosaic_gpu import finishing, products
 from pallas_kernels.mosaic_gpu import quant_matmul_skinny as skinny
 from pallas_kernels.mosaic_gpu import quant_matmul_small as small
 from pallas_kernels.mosaic_gpu.quant_matmul import kernel_for
@@ -150,6 +150,27 @@ def test_qkv_rope(config, stored):
     )
     h = rms_norm(x, norm, 1e-6).astype(jnp.float32)
     expected_q, *expected = split_heads(reference(h, weight, bias), cos, sin, n, k)
+    if stored:
+        expected = store(*expected, *(c.astype(jnp.float32) for c in (keys, values)), slots)
+    else:
+        rest = [y.reshape(batch, length, k, head_dim) for y in rest]
+    agree((q.reshape(expected_q.shape), *rest), (expected_q, *expected))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_sums_that_exist_are_finished(stored):
+    batch, length, n, k, head_dim = 2, 5, 3, 2, 48
+    m, heads = batch * length, n + 2 * k
+    sums = normal(1, batch, length, heads * head_dim, dtype=jnp.bfloat16)
+    cos, sin = normal(4, batch, length, head_dim // 2), normal(5, batch, length, head_dim // 2)
+    keys, values = (normal(seed, batch, k, 9, head_dim, dtype=jnp.bfloat16) for seed in (7, 8))
+    slots = jnp.arange(m, dtype=jnp.int32).reshape(batch, length) - 1  # -1 and 9 or more: nowhere
+    weight = random_weight(3, heads * head_dim, 64)  # has been multiplied by
+    q, *rest = products.qkv_rope(
+        finishing.run, sums.reshape(m, -1), jnp.ones(64), *weight, None, cos.reshape(m, -1), sin.reshape(m, -1), n, k,
+        1e-6, (keys, values, slots) if stored else None,
+    )  # fmt: skip
+    expected_q, *expected = split_heads(sums.astype(jnp.float32), cos, sin, n, k)
     if stored:
         expected = store(*expected, *(c.astype(jnp.float32) for c in (keys, values)), slots)
     else:

@@ -4,6 +4,8 @@ A result is compared with float32 arithmetic on the exact weights: what differs 
 result, of the normalised rows and of the active units, each at most 2^-9 of a number and 2^-9 / sqrt(3) on average.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,6 +165,19 @@ def test_lowers_under_vmap(rows):
     assert "qkv_rope_store_mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@lowers
+def test_many_rows_are_rotated_and_stored_by_one_kernel():
+    def shapes(*args):
+        x, norm, weight, bias, cos, sin = args
+        cache = jnp.zeros((64, 8, 16, 96), jnp.bfloat16)
+        return x, norm, weight, bias, cos, sin, cache, cache, jnp.zeros((64, 1), jnp.int32)
+
+    arguments = jax.eval_shape(lambda: shapes(*qkv_arguments((64, 1), 32, 8, 96, 3072)))
+    f = jax.jit(partial(qkv_rope_store, n_heads=32, eps=1e-6, implementation="mosaic_gpu"))
+    text = f.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "qkv_rope_store_mosaic_gpu" in text and "scatter" not in text
+
+
 # The op with the cache, in plain JAX
 
 
@@ -211,7 +226,7 @@ def test_swiglu(rows, width, units):
 
 
 @needs_hopper
-@pytest.mark.parametrize("rows", [(1, 1), (8, 1), (2, 4)])
+@pytest.mark.parametrize("rows", [(1, 1), (8, 1), (2, 4), (300, 1), (200, 5)])
 @pytest.mark.parametrize(("n", "k", "h", "width"), HEADS)
 def test_qkv_rope(rows, n, k, h, width):
     arguments = qkv_arguments(rows, n, k, h, width)

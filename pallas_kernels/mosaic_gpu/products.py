@@ -4,7 +4,7 @@
 
 x may be normalised on the way in (RMSNorm); the epilogue adds a bias and a residual, or joins pairs of rows of the
 weights: silu(gate) * up, or a rotary position embedding and the write to the cache. How the sums come about is up to a
-kernel, `quant_matmul_skinny.run` or `quant_matmul_small.run`.
+kernel, `quant_matmul_skinny.run` or `quant_matmul_small.run`; `finishing.run` finds them in memory.
 """
 
 from __future__ import annotations
@@ -142,9 +142,9 @@ def matmul(
         column = tile * EIGHT + column
         added = []
         if bias is not None:
-            added.append(_load_pair(pointers["bias"], column, bias.dtype, where))
+            added.append(load_pair(pointers["bias"], column, bias.dtype, where))
         if residual is not None:
-            added.append(_load_pair(pointers["residual"], m * out + column, residual.dtype, where))
+            added.append(load_pair(pointers["residual"], m * out + column, residual.dtype, where))
 
         def finish(sums: Sequence[Pair], exist: Scalar) -> None:
             with t.when(exist):
@@ -215,9 +215,9 @@ def qkv_rope(
         head, column = tile // tiles, tile % tiles * EIGHT + column
         is_query, is_rotated = head < n_heads, head < n_heads + n_kv_heads
         at = head * width + column
-        biases = [] if bias is None else [_load_pair(pointers["bias"], at + d, bias.dtype, where) for d in (0, half)]
+        biases = [] if bias is None else [load_pair(pointers["bias"], at + d, bias.dtype, where) for d in (0, half)]
         angles = m * half + column
-        cosines, sines = (_load_pair(pointers[name], angles, jnp.float32, where) for name in ("cos", "sin"))
+        cosines, sines = (load_pair(pointers[name], angles, jnp.float32, where) for name in ("cos", "sin"))
         slot = t.load_global(pointers["slots"] + (m * 4).wide(), where=where)[0] if store is not None else None
 
         def finish(sums: Sequence[Pair], exist: Scalar) -> None:
@@ -264,7 +264,7 @@ def _add(a: Pair, b: Pair) -> Pair:
     return a[0] + b[0], a[1] + b[1]
 
 
-def _load_pair(pointer: Scalar, index: Scalar, dtype: Any, where: Scalar | None) -> Pair:
+def load_pair(pointer: Scalar, index: Scalar, dtype: Any, where: Scalar | None = None) -> Pair:
     """Elements `index`, even, and the next one of an array of bfloat16 or float32, as float32; zeros if not `where`."""
     if jnp.dtype(dtype).itemsize == 2:
         first, second = t.unpack_bf16(t.load_global(pointer + (index * 2).wide(), where=where)[0])
@@ -274,7 +274,7 @@ def _load_pair(pointer: Scalar, index: Scalar, dtype: Any, where: Scalar | None)
 
 
 def _store_pair(pointer: Scalar, index: Scalar, dtype: Any, pair: Pair) -> None:
-    """The opposite of `_load_pair`."""
+    """The opposite of `load_pair`."""
     if jnp.dtype(dtype).itemsize == 2:
         t.store_global(pointer + (index * 2).wide(), t.pack_bf16(*pair))
     else:

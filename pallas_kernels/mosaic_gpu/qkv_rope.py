@@ -1,6 +1,6 @@
 """RMSNorm, query/key/value projection, rotary embedding and the write to the cache for Hopper, in one kernel.
 
-For many rows the product has a kernel, and XLA's small ones do the rest.
+For many rows in three: XLA's norm, the product, and the rest. What the rest's cannot do is left to XLA.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic_gpu import products
+from pallas_kernels.mosaic_gpu import finishing, products
 from pallas_kernels.mosaic_gpu import quant_matmul_large as large
 from pallas_kernels.mosaic_gpu.quant_matmul import RUN, kernel_for
 from pallas_kernels.qkv_rope import split_heads, store
@@ -30,11 +30,13 @@ def qkv_rope(
     """As `pallas_kernels.qkv_rope`, for bfloat16 x, weights in int8 blocks, and heads rotated whole."""
     values, scales = blocks(weight)
     kernel = kernel_for(x, values, normed=True)
+    run = RUN.get(kernel, finishing.run)
     if kernel == "large":
-        qkv = large.matmul(rms_norm(x, norm, eps), values, scales, bias)
-        return split_heads(qkv, cos, sin, n_heads, n_kv_heads)
+        x, bias = large.matmul(rms_norm(x, norm, eps), values, scales, bias), None
+        if not _rotated_whole(values, cos, n_heads + 2 * n_kv_heads):
+            return split_heads(x, cos, sin, n_heads, n_kv_heads)
     rows, cos, sin = _rows(x, cos, sin)
-    results = products.qkv_rope(RUN[kernel], rows, norm, values, scales, bias, cos, sin, n_heads, n_kv_heads, eps)
+    results = products.qkv_rope(run, rows, norm, values, scales, bias, cos, sin, n_heads, n_kv_heads, eps)
     q, k, v = (y.reshape(*x.shape[:2], n, -1) for y, n in zip(results, (n_heads, n_kv_heads, n_kv_heads), strict=True))
     return q, k, v
 
@@ -56,16 +58,23 @@ def qkv_rope_store(
     if keys.dtype != jnp.bfloat16 or values.dtype != jnp.bfloat16:
         raise NotImplementedError(f"a cache of {keys.dtype} and {values.dtype}, not bfloat16")
     (w, scales), n_kv_heads = blocks(weight), keys.shape[1]
-    kernel = kernel_for(x, w, normed=True)
-    if kernel == "large":
+    kernel, large_cache = kernel_for(x, w, normed=True), keys.size >= 2**31
+    if kernel == "large" and (large_cache or not _rotated_whole(w, cos, n_heads + 2 * n_kv_heads)):
         q, k, v = qkv_rope(x, norm, weight, bias, cos, sin, n_heads, n_kv_heads, eps)
         return q, *store(k, v, keys, values, slots)
-    if keys.size >= 2**31:
+    if large_cache:
         raise NotImplementedError("a cache of 2^31 elements or more a layer")
+    run, cache = RUN.get(kernel, finishing.run), (keys, values, slots.astype(jnp.int32))
+    if kernel == "large":
+        x, bias = large.matmul(rms_norm(x, norm, eps), w, scales, bias), None
     rows, cos, sin = _rows(x, cos, sin)
-    cache = (keys, values, slots.astype(jnp.int32))
-    q, *stored = products.qkv_rope(RUN[kernel], rows, norm, w, scales, bias, cos, sin, n_heads, n_kv_heads, eps, cache)
+    q, *stored = products.qkv_rope(run, rows, norm, w, scales, bias, cos, sin, n_heads, n_kv_heads, eps, cache)
     return q.reshape(*x.shape[:2], n_heads, -1), stored[0], stored[1]
+
+
+def _rotated_whole(values: jax.Array, cos: jax.Array, heads: int) -> bool:
+    """Whether angles are those of whole heads, as the kernels take them."""
+    return 2 * cos.shape[-1] * heads == len(values) and cos.shape[-1] % products.EIGHT == 0
 
 
 def _rows(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -6,7 +6,7 @@ Computed as y^T = w x^T. A wgmma takes its left operand from registers: the weig
 their way from int8 to bfloat16, and never exist as bfloat16 in any memory. Its right operand is the tile of x in shared
 memory, read as it lies.
 
-A CTA has one producer warpgroup, which keeps `stages` steps of 64 columns of both operands on their way through TMA,
+A CTA has one producer warpgroup, which fills `stages` steps of 64 columns of both operands through TMA, some at a time,
 and two consumer warpgroups, each with 64 rows of weights times `tile_m` rows of x in its accumulator. A consumer starts
 the product of a step, waits for the one before it, and converts the weights of the next step while the first one runs:
 the tensor cores always have work, and conversion costs nothing as long as it is shorter than two wgmmas. `cluster` CTAs
@@ -47,6 +47,7 @@ BLOCK = 32  # weights with one scale
 ROWS = 64  # of the weights, in one wgmma
 STEP = 64  # columns of the weights, in one step of the pipeline: 128 bytes of x
 BIAS = 2**15  # int8 becomes float32 by writing its bits, sign flipped, into the mantissa of this
+IN_FLIGHT = 4  # steps that are on their way: enough for the memory, and scales wait behind no more
 SLOTS = 2  # chunks of y on their way to memory
 SHARED_MEMORY = 231_424  # bytes that a CTA can have, but for 1 KiB of barriers
 
@@ -64,7 +65,7 @@ class Config:
 
     Attributes:
       tile_m: rows of x that a CTA takes at once, a multiple of 8 up to 256.
-      stages: steps of both operands that are in shared memory or on their way.
+      stages: steps of both operands that there is room for.
       cluster: CTAs that share a tile of x. Two are neighbours on the card; four did not all find room.
       split: CTAs that share the steps of a tile; not together with `cluster`, nor in the SwiGLU form.
       raster: tiles of rows of x that are taken in turn before the next weights, so that L2 holds both.
@@ -294,6 +295,7 @@ def _call(
     if known is not None:  # each stays with a tile of rows of x
         ctas = m_tiles * min(processors() // cluster // m_tiles, n_tiles)
     chunk, chunks = config.rows_at_once(swiglu), config.chunks(swiglu)
+    in_flight = min(IN_FLIGHT, stages)
     slots = SLOTS if residual is None else chunks  # what is added waits where the result will be
     blocks = width // BLOCK
     words = 2 if blocks % 4 == 0 and (split == 1 or steps % 2 == 0) else 1
@@ -341,6 +343,10 @@ def _call(
                     @pl.when(step >= stages)
                     def _() -> None:
                         plgpu.barrier_wait(empty.at[slot])
+
+                    @pl.when(step >= in_flight)
+                    def _() -> None:
+                        plgpu.barrier_wait(full.at[lax.rem(step - in_flight, stages)])
 
                     part = pl.ds((rank * steps + k) * STEP, STEP)
                     if swiglu:
