@@ -116,27 +116,22 @@ class _Row:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
-    def accept(self, token: int, logprobs: TokenLogprobs | None) -> str:
-        """Take one token of the device's and return the text that it settles."""
+    def accept(self, tokens: list[int], logprobs: list[TokenLogprobs]) -> str:
+        """Take tokens of the device's, which mean nothing after the row's end, and return the text that they settle."""
         if self.finish_reason is not None:
             return ""
-        if token in self.stop_ids:
-            self.finish_reason = "stop"
-            return self._settle(self.decoder.flush())
-        self.token_ids.append(token)
-        if logprobs is not None:
-            self.logprobs.append(logprobs)
-        piece = self.decoder.push([token])
+        tokens = tokens[: self.budget - len(self.token_ids)]
+        end = next((i for i, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
+        before = self.decoder.consumed
+        piece = self.decoder.push(tokens[:end])
+        taken = self.decoder.consumed - before  # fewer where a stop text is complete
+        self.token_ids += tokens[:taken]
+        self.logprobs += logprobs[:taken]
+        if not self.decoder.stopped and (end < len(tokens) or len(self.token_ids) == self.budget):
+            self.finish_reason = "stop" if end < len(tokens) else self.limit
+            piece += self.decoder.flush()
         if self.decoder.stopped:
             self.finish_reason = "stop"
-        elif len(self.token_ids) == self.budget:
-            self.finish_reason = self.limit
-            piece += self.decoder.flush()
-            if self.decoder.stopped:
-                self.finish_reason = "stop"
-        return self._settle(piece)
-
-    def _settle(self, piece: str) -> str:
         self.pieces.append(piece)
         return piece
 
@@ -668,14 +663,13 @@ class LanguageModel:
         for step, i in np.argwhere(tokens == decoding.NOT_FINITE).tolist():
             if i < len(rows) and rows[i].finish_reason is None:
                 raise self._not_finite(rows[i].before + rows[i].ids + rows[i].token_ids + tokens[:step, i].tolist())
-        pieces = [""] * len(rows)
-        for step in range(tokens.shape[0]):
-            for i, row in enumerate(rows):
-                report = None
-                if reports:
-                    chosen, ids, values = (x[step, i] for x in reports)
-                    report = TokenLogprobs(float(chosen), dict(zip(ids.tolist(), values.tolist(), strict=True)))
-                pieces[i] += row.accept(int(tokens[step, i]), report)
+        pieces = []
+        for i, row in enumerate(rows):
+            seen = [
+                TokenLogprobs(float(chosen), dict(zip(ids.tolist(), values.tolist(), strict=True)))
+                for chosen, ids, values in zip(*(x[:, i] for x in reports), strict=True)
+            ]
+            pieces.append(row.accept(tokens[:, i].tolist(), seen))
         return pieces
 
     def _prompt_chunks(self, rows: list[_Row], batch: int, longest: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -306,14 +306,16 @@ class StreamDecoder:
     def push(self, ids: Iterable[int]) -> str:
         """Take in the next ids; returns the text that is now certain, often less than a token or nothing."""
         pieces: list[str] = []
-        for id in ids:
+        # All at once where there is nothing to look for between them.
+        for together in [[id] for id in ids] if self._stop else [list(ids)]:
             if self.stopped:
                 break
-            self.consumed += 1
-            if self._tokenizer.is_text(id):
-                data = self._tokenizer.token_bytes(id)
-                pieces.append(self._release(self._utf8.decode(data.removeprefix(b" ") if self._drop_space else data)))
+            self.consumed += len(together)
+            data = [self._tokenizer.token_bytes(id) for id in together if self._tokenizer.is_text(id)]
+            if data:
+                data[0] = data[0].removeprefix(b" ") if self._drop_space else data[0]
                 self._drop_space = False
+                pieces.append(self._release(self._utf8.decode(b"".join(data))))
         return "".join(pieces)
 
     def flush(self) -> str:
