@@ -1,10 +1,12 @@
 """What the kernels of a decode step have in common, for one row and for few: the frame, the ring and attention.
 
-One block on each SM runs the whole stack. A block's producer thread streams the weights of its share of every stage
-through a ring in shared memory, stage after stage and layer after layer: weights depend on nothing, so it runs as far
-ahead as the ring is long, and the memory is busy while stages wait for each other. It does not ask for all of that at
-once: what blocks hand each other would queue behind. Its other warps wait for a stage's activations, multiply and hand
-the results on.
+One block on each SM runs the whole stack, all of them at once: two such kernels side by side could wait for each other
+for ever, but a program's kernels run one after the other.
+
+A block's producer thread streams the weights of its share of every stage through a ring in shared memory, stage after
+stage and layer after layer: weights depend on nothing, so it runs as far ahead as the ring is long, and the memory is
+busy while stages wait for each other. It does not ask for all of that at once: what blocks hand each other would queue
+behind. Its other warps wait for a stage's activations, multiply and hand the results on.
 
 Stages of a layer: q|k|v, attention, output projection, gate|up, down. A stage's results go through global memory
 (that is, L2) as words that tell which layer and step they are of: a reader polls the very words that it needs until all

@@ -4,7 +4,8 @@ As the kernel for one row, `decode_step_row`: the same blocks, ring, packed weig
 
 Products. A group of 16 rows of weights and 128 inputs is the left operand of m16n8k16, eight rows of the batch are its
 columns. Weights become float16 on the way, exactly and in fewer instructions than bfloat16, and activations are float16
-over `SCALE` in shared memory, as they are handed on. A warp adds up the groups of a unit that it meets.
+over `SCALE` in shared memory, as they are handed on: up to a million, with ten bits down to 0.001, and fewer below. A
+warp adds up the groups of a unit that it meets.
 
 Handing on. A feature's results are float16, one a row. Every 32-bit word of them carries two bits that
 number the layer, in place of the lowest bit of each half, so that a reader knows each word by itself: what lay there
