@@ -34,6 +34,8 @@ def main() -> None:
     print(f"{'policy':<20}{'perplexity':>12}{'of full':>10}{'last quarter':>14}{'bytes held':>14}")
     rows, curves = [], {}
     for name in policies:
+        if not common.in_time(args):
+            break
         config = dataclasses.replace(model.config, cache=CachePolicy.parse(name))
         other = LanguageModel(
             config, model.params, model.tokenizer, None,

@@ -51,7 +51,8 @@ def main() -> None:
     quoted = QUOTED.get((model.device.device_kind, model.config.name))
     cpp = llama_cpp(args, model)
     others = [("llama.cpp Q8_0, quoted from an earlier run", quoted)] if quoted and not cpp else [("llama.cpp", cpp)]
-    for engine, found in [*others, ("transformers", transformers(args, model))]:
+    others.append(("transformers", transformers(args, model) if common.in_time(args) else None))
+    for engine, found in others:
         if found is not None:
             rows.append({"engine": engine, **found})
             show(rows[-1], rows[0])

@@ -45,7 +45,7 @@ def main() -> None:
         "kv_bytes_per_token": held["kv_bytes_per_token"],
         "rows": rows,
     }  # fmt: skip
-    if args.preset is None:
+    if args.preset is None and common.in_time(args):
         result["loading"] = loading(model, args)
     result["peak_bytes"] = peak_bytes(model.device)
     print(f"peak: {result['peak_bytes']:,} bytes {'of the process' if model.device.platform == 'cpu' else 'in use'}")
@@ -57,6 +57,8 @@ def by_length(model: LanguageModel, args: argparse.Namespace) -> Iterator[dict[s
     lengths = sorted({min(length, model.context) for length in args.lengths} | {model.context})
     print(f"{'cache':>7}{'bytes':>17}{'formula':>17}{'decode temp.':>15}{'prefill temp.':>16}{'formula':>16}")
     for length in lengths[: 1 if args.quick else None]:
+        if not common.in_time(args):
+            return
         cache = jax.eval_shape(lambda n=length: orcd_jax.init_cache(model.config, args.batch, n))
         arrays = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.layers))
         formula = model.config.cache_bytes(args.batch, length)
@@ -75,7 +77,7 @@ def loading(model: LanguageModel, args: argparse.Namespace) -> dict[str, Any]:
     """Load the file in processes of their own: seconds of all of it and, again, of its tensors alone; bytes of the file
     a second; the host's memory at most."""
     path = orcd_jax.hub.resolve(args.model)
-    options = {"weights": model.weights, "device": args.device}
+    options = {"weights": model.weights, "device": args.device, "kernels": args.kernels}
     script = (
         "import json, orcd_jax, re, time; "
         "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]); "

@@ -36,7 +36,8 @@ def main() -> None:
     repeat = 1 if args.quick else args.repeat
     command = [
         sys.executable, "-m", "orcd_jax.generate", "-m", str(path), "--weights", args.weights, "-p", "Hello.",
-        "-n", "8", "--temperature", "0", "--ignore-eos", *(["--device", args.device] if args.device else []),
+        "-n", "8", "--temperature", "0", "--ignore-eos", "--kernels", args.kernels,
+        *(["--device", args.device] if args.device else []),
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         environment = {
