@@ -9,13 +9,14 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice, product
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ from orcd_jax.loader import random_params
 from orcd_jax.probe import Ceilings, noise
 from orcd_jax.profile import at_least
 
+Value = TypeVar("Value")
 PROSE = Path(__file__).parent.parent / "tests" / "data" / "prose.txt"
 
 
@@ -70,6 +72,17 @@ def in_time(args: argparse.Namespace) -> bool:
     if not left:
         print("(no time for the rest)", flush=True)
     return left
+
+
+def compiled_together(device: jax.Device, calls: Sequence[Callable[[], Value]]) -> Iterator[Value]:
+    """The results of calls that compile programs: on a GPU, where that takes longer than all the rest, all calls at
+    once; on a CPU each when it is asked for."""
+    if device.platform == "cpu":
+        yield from (call() for call in calls)
+        return
+    with ThreadPoolExecutor() as pool:
+        results = [pool.submit(call) for call in calls]
+    yield from (result.result() for result in results)
 
 
 def load(args: argparse.Namespace) -> LanguageModel:

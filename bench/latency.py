@@ -1,10 +1,10 @@
 """How long does a request take, from the first token to the last?
 
 Requests: time to first token and tokens a second of greedy decoding as the caller gets them (text on the host), by
-batch and prompt length, compiled beforehand. Steps: the decode program alone, back to back, on caches that are filled
-already. Beside a rate stands its ceiling: the device's measured read bandwidth over the bytes that a step must read
-(weights once, cache once); for prefill the measured matrix rate over the operations. `--guide`: 5 requests to warm up,
-then 100 of 10 tokens, temperature 1, as this project's first performance guide had it.
+batch and prompt length, compiled beforehand, on a GPU side by side. Steps: the decode program alone, back to back, on
+caches that are filled already. Beside a rate stands its ceiling: the device's measured read bandwidth over the bytes
+that a step must read (weights once, cache once); for prefill the measured matrix rate over the operations. `--guide`: 5
+requests to warm up, then 100 of 10 tokens, temperature 1, as this project's first performance guide had it.
 """
 
 from __future__ import annotations
@@ -66,19 +66,19 @@ def requests(model: LanguageModel, args: argparse.Namespace, ceilings: Ceilings)
     kinds = [(1, length, GREEDY) for length in dict.fromkeys(min(length, most) for length in args.prompts)]
     kinds += [(batch, 128, GREEDY) for batch in args.batch]
     kinds += [(batch, 128, Sampling()) for batch in args.sampled]
+    kinds = [(batch, min(length, most), sampling) for batch, length, sampling in kinds]
+
+    def runs(batch: int, length: int, sampling: Sampling, count: int) -> list[Timings]:
+        prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, length)).tolist()
+        return [model.generate(prompts, args.new_tokens, sampling, ignore_eos=True)[0].timings for _ in range(count)]
+
+    first_runs = common.compiled_together(model.device, [partial(runs, *kind, 1) for kind in kinds])
     for batch, length, sampling in kinds:
         if not common.in_time(args):
             return
-        length = min(length, most)
-        prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, length)).tolist()
-
-        def runs(count: int, prompts: Any = prompts, sampling: Sampling = sampling) -> list[Timings]:
-            return [
-                model.generate(prompts, args.new_tokens, sampling, ignore_eos=True)[0].timings for _ in range(count)
-            ]
-
-        (first,) = runs(1)
-        rest = settled(partial(runs, args.repeat), model.device, lambda run: run.decode_tok_s)
+        (first,) = next(first_runs)
+        measure = partial(runs, batch, length, sampling, args.repeat)
+        rest = settled(measure, model.device, lambda run: run.decode_tok_s)
         rate = common.spread([run.decode_tok_s for run in rest])
         ttft = common.spread([run.ttft_s for run in rest])
         prefill = common.spread([run.prefill_tok_s for run in rest])
@@ -101,10 +101,12 @@ def steps(model: LanguageModel, args: argparse.Namespace, ceilings: Ceilings) ->
     """One row for each cache length of a decode step at batch 1."""
     count, chunks = (4, 1) if args.quick else (32, 4) if model.device.platform == "gpu" else (8, 1)
     print(f"{'cache':>6}{'a step':>12}{'spread':>9}{'ceiling':>12}{'share':>7}")
-    for held in dict.fromkeys(min(held, model.context - count) for held in args.cache):
+    lengths = list(dict.fromkeys(min(held, model.context - count) for held in args.cache))
+    probes = common.compiled_together(model.device, [partial(Probe, model, 1, held, steps=count) for held in lengths])
+    for held in lengths:
         if not common.in_time(args):
             return
-        probe = Probe(model, 1, held, steps=count)
+        probe = next(probes)
         times = [seconds / count for seconds in settled(partial(probe.measure, args.repeat, chunks), model.device)]
         time = common.spread(times)
         least = model.config.step_bytes(model.weights, 1, held + count // 2) / ceilings.read_bytes_s

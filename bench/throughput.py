@@ -12,7 +12,6 @@ import argparse
 import copy
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -70,9 +69,9 @@ def by_batch(model: LanguageModel, args: argparse.Namespace, ceilings: Ceilings)
         return own.generate(requests, args.new_tokens, GREEDY, ignore_eos=True)[0].timings.decode_tok_s
 
     prompts = [mixed_prompts(model, args, max(batch, args.prompts)) for batch in args.batch]
-    if model.device.platform == "gpu":  # where compiling takes longer than all the rest: all programs side by side
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(run, args.batch, prompts))
+    if model.device.platform == "gpu":
+        calls = [partial(run, batch, requests) for batch, requests in zip(args.batch, prompts, strict=True)]
+        list(common.compiled_together(model.device, calls))
     for batch, requests in zip(args.batch, prompts, strict=True):
         if not common.in_time(args):
             break

@@ -45,6 +45,15 @@ def test_a_benchmark_of_a_model_runs(name, args, run, tiny, tmp_path):
     assert found["device"] in table and "tok/s" in table.replace("time, ms", "tok/s")
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_calls_that_compile_keep_their_order(platform):
+    called = []
+    calls = [lambda i=i: called.append(i) or i * i for i in range(5)]
+    results = common.compiled_together(Namespace(platform=platform), calls)
+    assert next(results) == 0 and (len(called) == 1) == (platform == "cpu")
+    assert list(results) == [1, 4, 9, 16] and sorted(called) == [*range(5)]
+
+
 def test_requests_of_one_kind_are_measured_once(run, tiny):
     model = tiny("qwen2")
     found = run("latency", "--model", model, "--prompts", "full", "--batch", "--sampled", "--cache", 100000)
