@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -56,15 +57,20 @@ def by_length(model: LanguageModel, args: argparse.Namespace) -> Iterator[dict[s
     """One row for each cache length: the cache by its arrays and by the formula, and the programs' temporaries."""
     lengths = sorted({min(length, model.context) for length in args.lengths} | {model.context})
     print(f"{'cache':>7}{'bytes':>17}{'formula':>17}{'decode temp.':>15}{'prefill temp.':>16}{'formula':>16}")
-    for length in lengths[: 1 if args.quick else None]:
+    lengths = lengths[: 1 if args.quick else None]
+    plans = [
+        partial(program_memory, model, args.batch, length, prompt=prompt)
+        for length in lengths for prompt in (None, min(args.chunk, length))
+    ]  # fmt: skip
+    planned = (plan.temp_size_in_bytes for plan in common.compiled_together(model.device, plans))
+    for length in lengths:
         if not common.in_time(args):
             return
         cache = jax.eval_shape(lambda n=length: orcd_jax.init_cache(model.config, args.batch, n))
         arrays = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.layers))
         formula = model.config.cache_bytes(args.batch, length)
         chunk = min(args.chunk, length)
-        decode = program_memory(model, args.batch, length).temp_size_in_bytes
-        prefill = program_memory(model, args.batch, length, prompt=chunk).temp_size_in_bytes
+        decode, prefill = next(planned), next(planned)
         expected = model.workspace_bytes(args.batch, chunk, length)
         print(f"{length:>7}{arrays:>17,}{formula:>17,}{decode:>15,}{prefill:>16,}{expected:>16,}", flush=True)
         yield {
