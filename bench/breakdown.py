@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from bench import common
+from orcd_jax.arguments import at_least
 from orcd_jax.probe import measure_ceilings
-from orcd_jax.profile import STEPS, at_least, profile, table
+from orcd_jax.profile import STEPS, profile, table
 
 
 def main() -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from bench import common
+from orcd_jax.arguments import at_least
 from orcd_jax.cache_policy import CachePolicy
+from orcd_jax.errors import RequestError
 from orcd_jax.language_model import LanguageModel
-from orcd_jax.profile import at_least
 
 
 def main() -> None:
@@ -27,6 +28,8 @@ def main() -> None:
     text = args.file.read_text(encoding="utf-8")[: model.context * model.tokenizer.longest]
     ids = model.encode_prompt(text)[: min(300 if args.quick else model.context, model.context)]
     window = min(args.window, len(ids) // 4)
+    if not window:
+        raise RequestError(f"{args.file} has {len(ids)} tokens; expected some hundred")
     policies = ["full", "int8", f"sliding:{window}:4", f"sliding:{window}:0", f"sliding:{window}:4+int8"]
     policies.append(f"compress:{window}")
     where = common.environment(model.device)

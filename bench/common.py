@@ -22,13 +22,13 @@ import jax
 import numpy as np
 
 import orcd_jax
+from orcd_jax.arguments import Parser, at_least
 from orcd_jax.config import ModelConfig
 from orcd_jax.device import select_device
 from orcd_jax.errors import OrcdJaxError
 from orcd_jax.language_model import Kernels, LanguageModel, choose_weights, configure
 from orcd_jax.loader import random_params
 from orcd_jax.probe import Ceilings, noise
-from orcd_jax.profile import at_least
 
 Value = TypeVar("Value")
 PROSE = Path(__file__).parent.parent / "tests" / "data" / "prose.txt"
@@ -36,7 +36,7 @@ PROSE = Path(__file__).parent.parent / "tests" / "data" / "prose.txt"
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Arguments that every benchmark of a model takes."""
-    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--model", default=orcd_jax.hub.DEFAULT_MODEL, help="as for orcd_jax.generate (%(default)s)")
     result.add_argument("--preset", help="random weights of a preset's shapes (configs/) in place of a model")
     result.add_argument("--weights", choices=("auto", "int8", "bf16", "f32"), default="auto")
@@ -59,7 +59,7 @@ def run(main: Callable[[], None]) -> None:
     """Run a benchmark; a mistake in what was asked is one line on stderr and exit status 2."""
     try:
         main()
-    except (OrcdJaxError, OSError) as error:
+    except (OrcdJaxError, OSError, UnicodeDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

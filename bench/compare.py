@@ -19,10 +19,10 @@ import numpy as np
 
 from bench import common
 from orcd_jax import hub
+from orcd_jax.arguments import at_least
 from orcd_jax.config import ModelConfig
 from orcd_jax.language_model import GREEDY, LanguageModel
 from orcd_jax.probe import measure
-from orcd_jax.profile import at_least
 
 # llama.cpp, CUDA, Q8_0, measured once on this device by this project's authors: tokens a second.
 QUOTED = {

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from bench import common
+from orcd_jax.arguments import at_least
+from orcd_jax.errors import RequestError
 from orcd_jax.language_model import GREEDY, LanguageModel, Timings
 from orcd_jax.probe import Ceilings, Probe, measure_ceilings, settled
-from orcd_jax.profile import at_least
 from orcd_jax.sampling import Sampling
 
 _FULL = 1 << 40  # tokens: as many as fit
@@ -63,6 +64,8 @@ def requests(model: LanguageModel, args: argparse.Namespace, ceilings: Ceilings)
     print(f"{'batch':>6}{'prompt':>8}{'sampling':>10}{'first token':>14}{'prefill':>16}{'decode':>18}{'ceiling':>11}"
           f"{'share':>7}{'compile':>10}")  # fmt: skip
     most = model.context - args.new_tokens
+    if most < 1:
+        raise RequestError(f"a context of {model.context} has no room for {args.new_tokens} new tokens")
     kinds = [(1, length, GREEDY) for length in dict.fromkeys(min(length, most) for length in args.prompts)]
     kinds += [(batch, 128, GREEDY) for batch in args.batch]
     kinds += [(batch, 128, Sampling()) for batch in args.sampled]

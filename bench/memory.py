@@ -19,10 +19,10 @@ import jax
 
 import orcd_jax
 from bench import common
+from orcd_jax.arguments import at_least
 from orcd_jax.device import peak_bytes
 from orcd_jax.language_model import LanguageModel
 from orcd_jax.probe import program_memory
-from orcd_jax.profile import at_least
 
 
 def main() -> None:

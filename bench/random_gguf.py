@@ -13,6 +13,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 from bench import common
+from orcd_jax.arguments import Parser
 from orcd_jax.config import ModelConfig
 from orcd_jax.quantize import BLOCK
 
@@ -84,7 +85,7 @@ def write(path: Path, config: ModelConfig, vocabulary: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", required=True)
     parser.add_argument("--vocabulary", type=Path, required=True, metavar="GGUF")
     parser.add_argument("path", type=Path)

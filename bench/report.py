@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import common
+from orcd_jax.arguments import Parser
 from orcd_jax.config import ModelConfig
 from orcd_jax.device import PEAK_BANDWIDTH
 from orcd_jax.errors import RequestError
@@ -32,7 +33,7 @@ RUNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--run", nargs="*", metavar="NAME", choices=RUNS, help=f"measure first: {', '.join(RUNS)} (none: all of them); "
         "what else is given, as --preset, is passed on",
@@ -46,6 +47,8 @@ def main() -> None:
         [name for name in args.run or RUNS if not run(name, passed_on, args.results)] if args.run is not None else []
     )
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(args.results.glob("*.json"))]
+    if not results:
+        raise RequestError(f"{args.results} holds no results (*.json)")
     guide = args.guide.read_text(encoding="utf-8")
     for name, make in TABLES.items():
         table = make([result for result in results if result["bench"] == name or name in MIXED])

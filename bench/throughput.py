@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from bench import common
+from orcd_jax.arguments import at_least
 from orcd_jax.language_model import GREEDY, LanguageModel
 from orcd_jax.probe import Ceilings, measure, measure_ceilings, settled
-from orcd_jax.profile import at_least
 from orcd_jax.sampling import Sampling
 
 
@@ -98,7 +98,7 @@ def mixed_prompts(model: LanguageModel, args: argparse.Namespace, count: int) ->
     """Prompts of 8 to `--longest` tokens, short ones more often (their logarithms are uniform)."""
     random = np.random.default_rng(0)
     lengths = np.exp(random.uniform(np.log(8), np.log(args.longest), count)).astype(int)
-    text = common.token_stream(model, args, 4096)
+    text = common.token_stream(model, args, max(4096, 2 * args.longest))
     starts = random.integers(0, len(text) - args.longest, count)
     return [text[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 

@@ -40,7 +40,7 @@ def select_device(platform: str | None = None) -> jax.Device:
         raise RequestError(f"unknown device {platform!r}; expected cpu or gpu")
     try:
         return jax.devices(platform)[0]
-    except RuntimeError:
+    except (RuntimeError, AssertionError):  # the latter for a JAX_PLATFORMS that is not installed
         hint = "; install orcd-jax with the extra cuda12 or cuda13" if platform == "gpu" else ""
         raise RequestError(f"JAX finds no {platform or 'usable'} device{hint}") from None
 

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from orcd_jax.arguments import Parser
 from orcd_jax.errors import OrcdJaxError, RequestError
 
 if TYPE_CHECKING:
@@ -86,20 +87,16 @@ class _Interrupts:
             self.check()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="orcd-jax",
         description="Generate text with a small language model from a GGUF file, compiled by XLA.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("-m", "--model", default=DEFAULT_MODEL, help="a .gguf path, hf://OWNER/REPO/FILE.gguf, or a short name: "
-        "smollm2-135m-instruct, qwen2.5-0.5b-instruct, phi-3-mini-4k-instruct (default: %(default)s)")  # fmt: skip
+        "smollm2-135m-instruct, qwen2.5-0.5b-instruct, phi-3-mini-4k-instruct, phi-3-mini-4k-instruct-fp16 "
+        "(default: %(default)s)")  # fmt: skip
 
     what = parser.add_argument_group("what to complete (one of these)").add_mutually_exclusive_group()
     what.add_argument("-p", "--prompt", metavar="TEXT", help="a prompt")
@@ -146,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--json", action="store_true", help="print one JSON object in place of the text")
     out.add_argument("--estimate", action="store_true", help="print the bytes needed, without loading the weights")
     out.add_argument("--profile", metavar="DIR", help="write a profiler trace for xprof and Perfetto")
-    out.add_argument("--xla-dump", metavar="DIR", help="write XLA's HLO, buffers and thunks")
+    out.add_argument("--xla-dump", metavar="DIR", help="write XLA's HLO, buffers and, on a GPU, thunks")
     out.add_argument("-q", "--quiet", action="store_true", help="no progress and no summary on stderr")
     return parser
 

@@ -448,7 +448,7 @@ class LanguageModel:
         """
         clock = _Clock(self.load_s)
         length = self._cache_bucket(len(ids))
-        self._check_capacity(1, length, _SCORE_CHUNK, 2 * 4 * _SCORE_CHUNK * self.config.vocab_size)
+        self.check_capacity(1, length, _SCORE_CHUNK, 2 * 4 * _SCORE_CHUNK * self.config.vocab_size)
         cache = self._call(clock, init_cache, (), params=False, batch=1, length=length)
         for start in range(0, len(ids), _SCORE_CHUNK):
             piece = ids[start : start + _SCORE_CHUNK + 1]
@@ -582,8 +582,18 @@ class LanguageModel:
         if logprobs is not None and (not _is_whole(logprobs) or not 0 <= logprobs <= highest):
             raise RequestError(f"logprobs is {logprobs}; expected a whole number from 0 to {highest}")
 
-    def _check_capacity(self, batch: int, length: int, chunk: int, extra: int = 0) -> None:
-        """Refuse a request whose cache and workspace do not fit, saying how long a context would."""
+    def check_capacity(self, batch: int, length: int, chunk: int, extra: int = 0) -> None:
+        """Refuse a request whose cache and workspace do not fit, saying how long a context would.
+
+        Args:
+          batch: rows.
+          length: tokens of each row's cache.
+          chunk: tokens a row of the largest program.
+          extra: bytes beside that.
+
+        Raises:
+          CapacityError: with the bytes that are needed and available.
+        """
 
         def required(config: ModelConfig, length: int) -> int:
             workspace = config.workspace_bytes(batch, min(chunk, length), length, self._fused)
@@ -615,7 +625,7 @@ class LanguageModel:
         length = self._cache_bucket(max(len(row.before) + len(row.ids) + row.budget for row in rows))
         longest = max(len(row.ids) for row in rows)
         steps, most = self._buckets.steps, max(row.budget for row in rows)
-        self._check_capacity(batch, length, min(longest, self._buckets.prefill[-1]))
+        self.check_capacity(batch, length, min(longest, self._buckets.prefill[-1]))
 
         options: dict[str, Any] = {"top_logprobs": logprobs}
         request, prompt = self._request(rows, batch), list(self._prompt_chunks(rows, batch, longest))

@@ -56,8 +56,10 @@ class Probe:
         """
         self.held, self._model, self._batch = held, model, batch
         config = model.config
+        slots = slots or held + (prompt or steps)
+        model.check_capacity(batch, slots, prompt or 1)
         with jax.default_device(model.device):
-            start = partial(_start, config, batch, slots or held + (prompt or steps), sampling)
+            start = partial(_start, config, batch, slots, sampling)
             self._state = _random_cache(start())
             random = np.random.default_rng(0)
             tokens = random.integers(0, config.vocab_size, (batch, prompt or 0)).astype(np.int32)

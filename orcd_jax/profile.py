@@ -10,7 +10,6 @@ measured back to back, as `generate` runs them, so that the host's start and end
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 import statistics
@@ -27,6 +26,7 @@ from typing import Any
 import jax
 
 from orcd_jax import hub
+from orcd_jax.arguments import Parser, at_least
 from orcd_jax.config import ModelConfig, array_bytes
 from orcd_jax.errors import OrcdJaxError
 from orcd_jax.language_model import LanguageModel, load
@@ -340,20 +340,9 @@ def table(title: str, result: Profile, ceilings: Ceilings) -> str:
     return "\n".join(lines)
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """A type of `argparse`'s: a whole number from `least` on."""
-
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return int(text)
-
-    return number
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line with `argv` (default: the process's) and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m orcd_jax.profile", description=__doc__)
+    parser = Parser(prog="python -m orcd_jax.profile", description=__doc__)
     parser.add_argument("model", nargs="?", default=hub.DEFAULT_MODEL, help="as for generate (%(default)s)")
     parser.add_argument("--batch", type=at_least(1), default=1)
     parser.add_argument("--prompt", type=at_least(1), default=128, help="tokens of the prefill (%(default)s)")

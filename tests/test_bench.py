@@ -76,17 +76,26 @@ def test_a_text_beyond_the_context_is_cut(run, tiny):
         ("full_context", ()),
         ("kernels", ("--only", "no-such-op")),
         ("throughput", ("--batch", "0")),
+        ("breakdown", ("--quick", "--batch", "1000000000")),
+        ("latency", ("--new-tokens", "1000000")),
+        ("cache_policies", ("--file", "SHORT")),
+        ("cache_policies", ("--file", "NO-TEXT")),
+        ("report", ("--results", "no-such-folder")),
         ("throughput", ("--guide", "--plot", "plot.png")),
         ("report", ("--run", "no-such-bench")),
         ("report", ("--preset", "qwen2.5-0.5b")),
     ],
 )
-def test_a_mistake_is_told_and_not_traced(name, args, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [name, *args])
+def test_a_mistake_is_told_and_not_traced(name, args, monkeypatch, capsys, tiny, tmp_path):
+    (tmp_path / "SHORT").write_text("x")
+    (tmp_path / "NO-TEXT").write_bytes(b"\xff\xfe")
+    args = [str(tmp_path / arg) if (tmp_path / arg).is_file() else arg for arg in args]
+    needs_model = not {"--model", "--preset"} & {*args} and name in ("breakdown", "latency", "cache_policies")
+    monkeypatch.setattr(sys, "argv", [name, *args, *(["--model", str(tiny("qwen2"))] if needs_model else [])])
     with pytest.raises(SystemExit) as refused:
         common.run(importlib.import_module(f"bench.{name}").main)
-    err = capsys.readouterr().err
-    assert refused.value.code == 2 and "error: " in err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert refused.value.code == 2 and "error: " in line
 
 
 def test_a_result_that_cannot_be_written_is_printed_still(capsys):

@@ -181,6 +181,8 @@ def test_keys_of_any_generator_belong_to_their_rows(model, kind):
     ("change", "message"),
     [
         ({"new": 0}, "max_new_tokens is 0"),
+        ({"new": 1.5}, "max_new_tokens is 1.5"),
+        ({"sampling": Sampling(temperature=np.zeros(3))}, r"temperature has the shape \(3,\)"),
         ({"prompts": PROMPTS[0]}, r"tokens are int32 \(12,\)"),
         ({"prompts": PROMPTS[:, :0]}, "neither of them zero"),
         ({"prompts": PROMPTS[:0], "lengths": LENGTHS[:0]}, "neither of them zero"),
@@ -192,7 +194,7 @@ def test_keys_of_any_generator_belong_to_their_rows(model, kind):
 )
 def test_shapes_that_mean_nothing_are_refused(model, change, message):
     with pytest.raises(RequestError, match=message):
-        generate(model, GREEDY, **change)
+        generate(model, **({"sampling": GREEDY} | change))
 
 
 def test_any_number_of_stop_ids(model):

@@ -365,9 +365,9 @@ def test_a_refusal_says_what_would_fit(tiny, monkeypatch):
     monkeypatch.setattr("orcd_jax.device.available_bytes", lambda _: enough)
     with pytest.raises(CapacityError, match=r"a context of 2048 tokens .* one of 4096 with kv_cache='int8'"):
         model.generate([[1]], 50_000)
-    model._check_capacity(1, 2048, 1)
+    model.check_capacity(1, 2048, 1)
     with pytest.raises(CapacityError, match="fewer rows at a time"):
-        model._check_capacity(1 << 20, 1, 1)
+        model.check_capacity(1 << 20, 1, 1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS as Linux has it")
@@ -381,8 +381,8 @@ model = orcd_jax.load(sys.argv[1], device="cpu")
 expected = model.generate([[1]] * 4, 2)[3].token_ids
 used = psutil.Process().memory_info().vms
 resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20), resource.RLIM_INFINITY))
-for check in (type(model)._check_capacity, lambda *_: None):
-    type(model)._check_capacity = check
+for check in (type(model).check_capacity, lambda *_: None):
+    type(model).check_capacity = check
     try:
         model.generate([[1]] * 32, 100_000)
     except orcd_jax.CapacityError as error:
