@@ -42,7 +42,7 @@ def main() -> None:
         config = dataclasses.replace(model.config, cache=CachePolicy.parse(name))
         other = LanguageModel(
             config, model.params, model.tokenizer, None,
-            context=model.context, weights=model.weights, device=model.device,
+            context=model.context, weights=model.weights, device=model.device, kernels=model.kernels,
         )  # fmt: skip
         losses = -other.token_logprobs(ids).astype(np.float64)
         curves[name] = losses

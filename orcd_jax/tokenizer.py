@@ -307,7 +307,7 @@ class StreamDecoder:
         """Take in the next ids; returns the text that is now certain, often less than a token or nothing."""
         pieces: list[str] = []
         # All at once where there is nothing to look for between them.
-        for together in [[id] for id in ids] if self._stop else [list(ids)]:
+        for together in ([id] for id in ids) if self._stop else [list(ids)]:
             if self.stopped:
                 break
             self.consumed += len(together)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 import pallas_kernels
 from pallas_kernels import qkv_rope, qkv_rope_store, quant_matmul, rms_norm, swiglu
@@ -176,6 +177,22 @@ def test_many_rows_are_rotated_and_stored_by_one_kernel():
     f = jax.jit(partial(qkv_rope_store, n_heads=32, eps=1e-6, implementation="mosaic_gpu"))
     text = f.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert "qkv_rope_store_mosaic_gpu" in text and "scatter" not in text
+
+
+@lowers
+@pytest.mark.parametrize("rows", [8, 64])
+def test_a_cache_that_varies_over_a_checked_mesh_is_written_by_xla(rows):
+    arguments = jax.eval_shape(lambda: qkv_arguments((rows, 1), 32, 8, 96, 3072))
+    cache = jax.ShapeDtypeStruct((rows, 8, 16, 96), jnp.bfloat16)
+    x, varying, fixed = arguments[0], PartitionSpec("x"), PartitionSpec()
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    run = jax.shard_map(
+        partial(qkv_rope_store, n_heads=32, eps=1e-6), mesh=mesh, out_specs=varying,
+        in_specs=(varying, fixed, fixed, fixed, varying, varying, varying, varying, varying),
+    )  # fmt: skip
+    with pallas_kernels.use("mosaic_gpu"):
+        traced = jax.jit(run).trace(x, *arguments[1:], cache, cache, jax.ShapeDtypeStruct((rows, 1), jnp.int32))
+    assert "scatter" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 # The op with the cache, in plain JAX

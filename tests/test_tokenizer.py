@@ -747,6 +747,12 @@ def test_control_tokens_make_no_text_in_a_stream():
     assert BYTES.decode([ID_OF_BYTE[b"a"], 256]) == "a<|end|>"
 
 
+def test_no_more_ids_are_taken_than_a_stop_text_needs():
+    ids = iter([ID_OF_BYTE[bytes([byte])] for byte in b"axbc"])
+    assert StreamDecoder(BYTES, stop="x").push(ids) == "a"
+    assert len(list(ids)) == 1  # one more had been asked for
+
+
 @pytest.mark.parametrize("stop", ["", [""], ["a", ""], [None], [b"a"]])
 def test_bad_stop_texts(stop):
     with pytest.raises(RequestError, match="a stop text is"):

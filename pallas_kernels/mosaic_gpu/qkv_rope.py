@@ -33,7 +33,7 @@ def qkv_rope(
     run = RUN.get(kernel, finishing.run)
     if kernel == "large":
         x, bias = large.matmul(rms_norm(x, norm, eps), values, scales, bias), None
-        if not _rotated_whole(values, cos, n_heads + 2 * n_kv_heads):
+        if not _finishes(x, cos, n_heads + 2 * n_kv_heads):
             return split_heads(x, cos, sin, n_heads, n_kv_heads)
     rows, cos, sin = _rows(x, cos, sin)
     results = products.qkv_rope(run, rows, norm, values, scales, bias, cos, sin, n_heads, n_kv_heads, eps)
@@ -58,23 +58,25 @@ def qkv_rope_store(
     if keys.dtype != jnp.bfloat16 or values.dtype != jnp.bfloat16:
         raise NotImplementedError(f"a cache of {keys.dtype} and {values.dtype}, not bfloat16")
     (w, scales), n_kv_heads = blocks(weight), keys.shape[1]
-    kernel, large_cache = kernel_for(x, w, normed=True), keys.size >= 2**31
-    if kernel == "large" and (large_cache or not _rotated_whole(w, cos, n_heads + 2 * n_kv_heads)):
-        q, k, v = qkv_rope(x, norm, weight, bias, cos, sin, n_heads, n_kv_heads, eps)
-        return q, *store(k, v, keys, values, slots)
-    if large_cache:
-        raise NotImplementedError("a cache of 2^31 elements or more a layer")
+    kernel = kernel_for(x, w, normed=True)
+    in_place = keys.size < 2**31 and not jax.typeof(keys).manual_axis_type.varying  # no references to such arrays
     run, cache = RUN.get(kernel, finishing.run), (keys, values, slots.astype(jnp.int32))
     if kernel == "large":
         x, bias = large.matmul(rms_norm(x, norm, eps), w, scales, bias), None
+        if not in_place or not _finishes(x, cos, n_heads + 2 * n_kv_heads):
+            q, k, v = split_heads(x, cos, sin, n_heads, n_kv_heads)
+            return q, *store(k, v, keys, values, slots)
+    elif not in_place:
+        raise NotImplementedError("a cache of 2^31 elements or more a layer, or one that varies over a checked mesh")
     rows, cos, sin = _rows(x, cos, sin)
     q, *stored = products.qkv_rope(run, rows, norm, w, scales, bias, cos, sin, n_heads, n_kv_heads, eps, cache)
     return q.reshape(*x.shape[:2], n_heads, -1), stored[0], stored[1]
 
 
-def _rotated_whole(values: jax.Array, cos: jax.Array, heads: int) -> bool:
-    """Whether angles are those of whole heads, as the kernels take them."""
-    return 2 * cos.shape[-1] * heads == len(values) and cos.shape[-1] % products.EIGHT == 0
+def _finishes(sums: jax.Array, cos: jax.Array, heads: int) -> bool:
+    """Whether the kernel for the rest can take sums [B, T, out]: angles of whole heads, and not too many."""
+    whole = 2 * cos.shape[-1] * heads == sums.shape[-1] and cos.shape[-1] % products.EIGHT == 0
+    return whole and sums.size < 2**31
 
 
 def _rows(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
