@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from orcd_jax import packed_decoding
@@ -317,13 +318,10 @@ def generate_tokens(
         raise RequestError(f"lengths have the shape {lengths.shape}; expected one for each of {len(tokens)} rows")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), lengths.shape):
         raise RequestError(f"the key is {key.dtype} {key.shape}; expected one or [B] keys of jax.random.key")
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
         raise RequestError(f"max_new_tokens is {max_new_tokens!s:.80}; expected a whole number of at least 1")
     # An int and a float would be different programs.
     values = {name: jnp.asarray(value, value_dtype(name)) for name, value in vars(sampling).items()}
-    for name, value in values.items():
-        if value.shape not in ((), lengths.shape):
-            raise RequestError(f"{name} has the shape {value.shape}; expected one value or one for each row")
     return _generate_tokens(params, config, tokens, lengths, key, max_new_tokens, Sampling(**values))
 
 

@@ -127,9 +127,12 @@ class _Row:
         taken = self.decoder.consumed - before  # fewer where a stop text is complete
         self.token_ids += tokens[:taken]
         self.logprobs += logprobs[:taken]
-        if not self.decoder.stopped and (end < len(tokens) or len(self.token_ids) == self.budget):
-            self.finish_reason = "stop" if end < len(tokens) else self.limit
-            piece += self.decoder.flush()
+        if end < len(tokens):
+            self.finish_reason = "stop"
+        elif len(self.token_ids) == self.budget:
+            self.finish_reason = self.limit
+        if self.finish_reason is not None:
+            piece += self.decoder.flush()  # nothing after a stop text
         if self.decoder.stopped:
             self.finish_reason = "stop"
         self.pieces.append(piece)

@@ -86,10 +86,16 @@ class Sampling:
             raise RequestError(f"{name} is ragged; expected a number, or an array with one a prompt") from None
 
     def rows(self, batch: int) -> Sampling:
-        """The same with every value an array [batch], int32 for top_k and float32 for the rest."""
+        """The same with every value an array [batch], int32 for top_k and float32 for the rest.
+
+        Raises:
+          RequestError: if a value is an array of another shape.
+        """
         values = {}
         for field in fields(self):
             value = jnp.asarray(getattr(self, field.name), value_dtype(field.name))
+            if value.shape not in ((), (1,), (batch,)):
+                raise RequestError(f"{field.name} has the shape {value.shape}; it does not broadcast to {batch} rows")
             values[field.name] = jnp.broadcast_to(value, (batch,))
         return Sampling(**values)
 

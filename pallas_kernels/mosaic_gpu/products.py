@@ -204,7 +204,7 @@ def qkv_rope(
     width = values.shape[0] // heads
     half = width // 2
     tiles = half // EIGHT  # pairs of tiles in a head
-    if cos.shape[-1] != half or width % (2 * EIGHT):
+    if not rotated_whole(values.shape[0], cos, heads):
         raise NotImplementedError(f"heads of {width} of which {2 * cos.shape[-1]} are rotated")
 
     def rows(tile: Scalar) -> list[Scalar]:
@@ -258,6 +258,11 @@ def qkv_rope(
     extra |= {"k": keys, "v": stored_values, "slots": store[2]}
     (q,) = run(Product("qkv_rope_store", x, values, scales, (norm, eps), extra, outs, work))
     return q, keys[...], stored_values[...]
+
+
+def rotated_whole(out: int, cos: jax.Array, heads: int) -> bool:
+    """Whether angles [.., R / 2] are those of whole heads in tiles, where all heads have `out` dimensions."""
+    return 2 * cos.shape[-1] * heads == out and cos.shape[-1] % EIGHT == 0
 
 
 def _add(a: Pair, b: Pair) -> Pair:

@@ -75,8 +75,7 @@ def qkv_rope_store(
 
 def _finishes(sums: jax.Array, cos: jax.Array, heads: int) -> bool:
     """Whether the kernel for the rest can take sums [B, T, out]: angles of whole heads, and not too many."""
-    whole = 2 * cos.shape[-1] * heads == sums.shape[-1] and cos.shape[-1] % products.EIGHT == 0
-    return whole and sums.size < 2**31
+    return products.rotated_whole(sums.shape[-1], cos, heads) and sums.size < 2**31
 
 
 def _rows(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -443,7 +443,7 @@ def fma(a: Scalar, b: Scalar, c: Scalar) -> Scalar:
 
 def round_to_bits(x: Scalar, bits: int) -> Scalar:
     """x rounded to so many significant bits, by Veltkamp's splitting; for |x| < 2^(103 + bits)."""
-    code = "{ .reg .f32 low; sub.rn.f32 low, $1, $2; sub.rn.f32 $0, $1, low; }"  # LLVM would make it x
+    code = "{ .reg .f32 low; sub.rn.f32 low, $1, $2; sub.rn.f32 $0, $1, low; }"  # not to be contracted
     return ptx(code, x * float((1 << 24 - bits) + 1), x, results=[f32()])[0]
 
 
