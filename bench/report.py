@@ -79,6 +79,7 @@ def run(name: str, passed_on: list[str], folder: Path) -> bool:
     if process.returncode:
         return False
     result = json.loads(line)
+    folder.mkdir(parents=True, exist_ok=True)
     parts = (name, result.get("model", ""), result.get("weights", ""), result["device"])
     slug = "_".join(filter(None, (re.sub(r"[^\w.]+", "-", part.lower()) for part in parts)))
     common.write(result, folder / f"{slug}.json")

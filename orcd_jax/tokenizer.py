@@ -110,6 +110,7 @@ class Tokenizer:
         self.vocab_size = len(self._texts)
         self.longest = max(map(len, self._texts))
         bos, eos, eot, eom = (_read_id(metadata, name, self.vocab_size) for name in ("bos", "eos", "eot", "eom"))
+        self._text_bytes: dict[int, bytes] = {}  # of tokens met so far
         self._kinds = kinds = _classify(self._texts, _read_types(metadata, self.vocab_size), {bos, eos, eot, eom})
         self.known_tokens = 1 + max((i for i, kind in enumerate(kinds) if kind != _UNUSED), default=-1)
         if self.known_tokens == 0:
@@ -258,6 +259,17 @@ class Tokenizer:
         """Whether a token is text for a reader: neither control nor padding."""
         return self._kinds[self._check_id(id)] not in (_CONTROL, _UNUSED)
 
+    def text_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that the ids' text is made of; control tokens and padding have none."""
+        known, pieces = self._text_bytes, []
+        for id in ids:
+            # Kept as they are met: a request of many rows waits for the last of them.
+            piece = known.get(id) if type(id) is int else None
+            if piece is None:
+                piece = known[id] = self.token_bytes(id) if self.is_text(id) else b""
+            pieces.append(piece)
+        return b"".join(pieces)
+
     def _check_id(self, id: int) -> int:
         try:
             if 0 <= operator.index(id) < self.vocab_size:
@@ -311,11 +323,11 @@ class StreamDecoder:
             if self.stopped:
                 break
             self.consumed += len(together)
-            data = [self._tokenizer.token_bytes(id) for id in together if self._tokenizer.is_text(id)]
+            data = self._tokenizer.text_bytes(together)
             if data:
-                data[0] = data[0].removeprefix(b" ") if self._drop_space else data[0]
+                data = data.removeprefix(b" ") if self._drop_space else data
                 self._drop_space = False
-                pieces.append(self._release(self._utf8.decode(b"".join(data))))
+                pieces.append(self._release(self._utf8.decode(data)))
         return "".join(pieces)
 
     def flush(self) -> str:

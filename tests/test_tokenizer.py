@@ -628,7 +628,7 @@ def test_bad_ids_are_refused(bad):
         with pytest.raises(RequestError, match="is no token id; expected an integer of 0 to 255"):
             use(bad)
     with pytest.raises(RequestError, match="is no token id"):
-        StreamDecoder(tokenizer).push([bad])
+        StreamDecoder(tokenizer).push([1, bad])  # 1 is known by then, and equal to 1.0
 
 
 def test_decode_takes_arrays_and_broken_bytes():
