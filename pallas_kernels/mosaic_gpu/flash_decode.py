@@ -91,11 +91,12 @@ class _Shape:
 def heuristic(shape: _Shape) -> Config:
     """A block an SM while there are few pairs, in clusters as large as can be, and no more than the slots can feed.
 
-    int8 takes twice as many: its conversion keeps warps from their next loads for longer.
+    Of more pairs than that, several on an SM, blocks are the smaller: an SM has 16 warps to keep busy, and a block's
+    slots are free again sooner. int8 takes twice as many: its conversion keeps warps from their next loads for longer.
     """
     unit, blocks = (32, 2 * SMS) if shape.int8 else (16, SMS)
     cluster = max(c for c in (1, 2, 4, 8) if c == 1 or c * shape.pairs <= blocks)
-    warpgroups = 4 if cluster == 1 and shape.pairs <= blocks else 2
+    warpgroups = 2 if cluster > 1 else max(w for w in (1, 2, 4) if w == 1 or w * shape.pairs <= 4 * blocks)
     fed = pl.cdiv(shape.slots, UNITS * unit * 4 * warpgroups * cluster)
     return Config(max(1, min(blocks // (shape.pairs * cluster), fed)), cluster, warpgroups, unit)
 
