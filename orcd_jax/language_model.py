@@ -659,9 +659,13 @@ class LanguageModel:
             clock.mark(sum(len(row.token_ids) for row in rows))
             return pieces
 
-        # The first token waits neither for the launch nor for the compilation of what comes after it.
-        pieces, following = accept(chunk), None
-        if dispatched < most and self._is_compiled(decoding.decode, (state,), **options):
+        # The first token waits neither for the compilation of what comes after it nor, of one row, which may be shown
+        # as it comes, for the launch: that takes milliseconds, in which many rows' prefill still runs.
+        ready, following = dispatched < most and self._is_compiled(decoding.decode, (state,), **options), None
+        if ready and batch > 1:
+            following = dispatch()
+        pieces = accept(chunk)
+        if ready and batch == 1:
             following = dispatch()
         yield pieces
         while not all(row.finish_reason for row in rows):
