@@ -25,7 +25,7 @@ from orcd_jax.model import Decoder
 from orcd_jax.sampling import Method, Sampling, penalize, portable_keys, sample, value_dtype
 from pallas_kernels import top_k
 from pallas_kernels.decode_step import Handover
-from pallas_kernels.quant_matmul_argmax import agree, greatest
+from pallas_kernels.quant_matmul_argmax import greatest
 
 NO_TOKEN = -1  # emitted by a row that has ended
 NOT_FINITE = -2  # emitted by a row whose logits are not finite; it ends there
@@ -214,11 +214,11 @@ def _emit(
     known = config.known_tokens or config.vocab_size
     if method == "argmax" and top_logprobs is None:
         return _advance(state, *greatest(logits, known))
-    ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    masked = jnp.where(ids < known, logits, -jnp.inf)
-    penalized = penalize(masked, state.seen, state.sampling.repeat_penalty)
-    tokens = sample(penalized, state.sampling, state.keys, state.cache.lengths, method)
-    state, emitted = _advance(state, agree(penalized, ids)[0], tokens)  # `sample` has the same reduction, but for draws
+    masked = jnp.where(lax.broadcasted_iota(jnp.int32, logits.shape, 1) < known, logits, -jnp.inf)
+    # Logits as they are need not be written once more for a kernel.
+    given = logits if method == "largest" else penalize(masked, state.seen, state.sampling.repeat_penalty)
+    tokens, largest = sample(given, state.sampling, state.keys, state.cache.lengths, method, known)
+    state, emitted = _advance(state, largest, tokens)
     if top_logprobs is None:
         return state, emitted
     logprobs = jax.nn.log_softmax(masked, axis=-1)

@@ -27,9 +27,9 @@ _LEAST = 1e-37  # that is not zero, or nearly so, there
 # Rows that keep at most this many tokens by top-k are sampled from the largest few, without sorting the vocabulary.
 _CANDIDATES = 64
 
-Method = Literal["argmax", "greedy", "candidates", "any"]
+Method = Literal["argmax", "greedy", "largest", "candidates", "any"]
 """What a batch needs: the greatest logit, for which the others need not exist; the same after a penalty; draws from the
-largest few; or a decision in each step, which costs a GPU 16 us."""
+largest few; the same after a penalty; or a decision in each step, which costs a GPU 16 us."""
 
 
 @jax.tree_util.register_dataclass
@@ -107,10 +107,12 @@ def value_dtype(name: str) -> Any:
 
 def method_of(rows: Sequence[Sampling]) -> Method:
     """The cheapest method that serves all rows, of plain numbers."""
-    drawing = [row for row in rows if row.temperature > 0]
+    drawing, penalized = [row for row in rows if row.temperature > 0], any(row.repeat_penalty != 1 for row in rows)
     if not drawing:
-        return "argmax" if all(row.repeat_penalty == 1 for row in rows) else "greedy"
-    return "candidates" if all(0 < row.top_k <= _CANDIDATES for row in drawing) else "any"
+        return "greedy" if penalized else "argmax"
+    if not all(0 < row.top_k <= _CANDIDATES for row in drawing):
+        return "any"
+    return "candidates" if penalized else "largest"
 
 
 def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
@@ -122,8 +124,13 @@ def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Arra
 
 
 def sample(
-    logits: jax.Array, sampling: Sampling, keys: jax.Array, steps: jax.Array, method: Method = "any"
-) -> jax.Array:
+    logits: jax.Array,
+    sampling: Sampling,
+    keys: jax.Array,
+    steps: jax.Array,
+    method: Method = "any",
+    known: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Choose one token a row.
 
     Args:
@@ -132,30 +139,34 @@ def sample(
       keys: random keys [B]; a row's draw depends on its key, its step and its own logits alone.
       steps: int32 [B], folded into the keys.
       method: static; one that serves all rows.
+      known: static; ids from there on do not count, by methods that draw from the largest few. None: all count.
 
     Returns:
-      Token ids, int32 [B]; a tie goes to the lower id. They do not depend on the method.
+      Token ids, int32 [B], of which a tie goes to the lower, and each row's greatest logit, float32 [B], where a NaN is
+      the greatest. They do not depend on the method.
     """
     candidates = min(_CANDIDATES, logits.shape[-1])
     ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
 
-    def draw_few() -> jax.Array:
-        return _draw(*top_k(logits, candidates), sampling, keys, steps)
+    def draw_few() -> tuple[jax.Array, jax.Array]:
+        values, few = top_k(logits, candidates, known=known)
+        return _draw(values, few, sampling, keys, steps), values[:, 0]
 
     def draw_all() -> jax.Array:
         # By two keys: with one, XLA takes CUB's sort, which cannot be part of a command buffer.
         descending, order = lax.sort((-logits, ids), num_keys=2, is_stable=False)
         return _draw(-descending, order, sampling, keys, steps)
 
-    if method == "candidates":
+    if method in ("largest", "candidates"):
         return draw_few()
-    greedy = agree(logits, ids)[1]  # in a branch it takes a CPU 6 ms more
+    greatest, greedy = agree(logits, ids)  # in a branch it takes a CPU 6 ms more
     if method in ("argmax", "greedy"):
-        return greedy
+        return greedy, greatest
     drawing = sampling.temperature > 0
     few = (sampling.top_k > 0) & (sampling.top_k <= candidates) | ~drawing
     branch = jnp.where(jnp.any(drawing), jnp.where(jnp.all(few), 1, 2), 0)
-    return lax.switch(branch, (lambda: greedy, draw_few, draw_all))  # one switch: two conditions would cost twice
+    # One switch: two conditions would cost twice.
+    return lax.switch(branch, (lambda: greedy, lambda: draw_few()[0], draw_all)), greatest
 
 
 def _draw(values: jax.Array, ids: jax.Array, sampling: Sampling, keys: jax.Array, steps: jax.Array) -> jax.Array:

@@ -83,7 +83,7 @@ def launch(
 ) -> list[jax.Array]:  # fmt: skip
     """In place of `products.launch`, for arrays and references that exist: references alone may be changed."""
     given = [np.asarray(x[...]) for x in operands]
-    poisoned = [np.full(x.shape, np.nan, x.dtype) for x in results]
+    poisoned = [np.full(x.shape, np.nan if jnp.issubdtype(x.dtype, jnp.floating) else -1, x.dtype) for x in results]
     memory = run(lambda _, *refs: emit(*refs), [*given, *poisoned], [shared_bytes], blocks, 32 * warps, cluster)
     for operand, value, found in zip(operands, given, memory, strict=False):
         if isinstance(operand, jax.Array):
@@ -249,7 +249,7 @@ class _Machine:
 
     def add_atomically(self, match: re.Match, operands: list[Any], mask: np.ndarray) -> list[Any]:
         old = np.zeros(self.lanes, np.uint32)
-        for chosen, memory, offsets in self.spots(operands[0], mask, 4, False):
+        for chosen, memory, offsets in self.spots(operands[0], mask, 4, match["space"] == "shared"):
             for thread, at in zip(chosen, offsets, strict=True):
                 word = memory[at : at + 4].view(np.uint32)
                 old[thread] = word[0]
@@ -387,7 +387,7 @@ _PTX: list[tuple[str, Callable[..., Any]]] = [
     (r"^st\.[\w.]*?" + _ACCESS + r" \[\$\d+ \+ (?P<offset>\d+)\]", _Machine.store),
     (r"^st\.async", _Machine.send),
     (r"^mapa\..* (0|\$2);$", _Machine.map_to_rank),
-    (r"^atom\.acq_rel\.gpu\.global\.add\.u32 .* 1;$", _Machine.add_atomically),
+    (r"^atom\.[\w.]*?(?P<space>global|shared)\.add\.u32 .* 1;$", _Machine.add_atomically),
     (r"^mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(?P<kind>f16|bf16)\.(f16|bf16)\.f32", _Machine.multiply),
     (r"^shfl\.sync\.(bfly\.b32 \$0, \$1, (?P<distance>\d+)|idx\.b32 \$0, \$1, (\$2|0)), 31, -1;$", _Machine.exchange),
     (r"vote\.sync\.any", _Machine.vote),

@@ -505,6 +505,20 @@ def test_the_tournament_finds_the_largest_in_order(rows, width, k):
         np.testing.assert_array_equal(values, np.take_along_axis(x, order, axis=-1))
 
 
+@pytest.mark.parametrize("width", [100, 5000, 40000])
+def test_a_nan_is_the_largest_of_its_row(width):
+    x = normal(1, 3, width).at[1, width // 2].set(jnp.nan).at[2, 5].set(jnp.inf)
+    for op in (tournament, pallas_kernels.top_k):
+        values, ids = jax.jit(op, static_argnums=1)(x, 4)
+        assert jnp.isnan(values[:, 0]).tolist() == [False, True, False] and ids[2, 0] == 5
+
+
+def test_top_k_of_the_first_numbers_of_a_row():
+    x = normal(1, 2, 900)
+    for actual, expected in zip(pallas_kernels.top_k(x, 7, known=500), jax.lax.top_k(x[:, :500], 7), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
 def test_the_tournament_takes_rows_of_nothing_but_minus_infinity():
     values, ids = tournament(jnp.full((1, 3000), -jnp.inf), 5)
     np.testing.assert_array_equal(ids, [[0, 1, 2, 3, 4]])

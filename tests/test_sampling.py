@@ -19,7 +19,7 @@ EVERYTHING = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # truncates nothing
 def draw(logits, sampling, seeds, steps):
     """One token for each row of logits [B, V]."""
     logits = jnp.asarray(logits, jnp.float32)
-    return np.asarray(compiled_sample(logits, sampling.rows(len(logits)), row_keys(seeds), jnp.asarray(steps)))
+    return np.asarray(compiled_sample(logits, sampling.rows(len(logits)), row_keys(seeds), jnp.asarray(steps))[0])
 
 
 def draw_often(logits, sampling, times, seed=0):
@@ -294,7 +294,8 @@ def test_row_keys_are_of_one_generator():
     [
         ([Sampling(temperature=0)], "argmax"),
         ([Sampling(temperature=0), Sampling(temperature=0, repeat_penalty=1.1)], "greedy"),
-        ([Sampling(temperature=0, top_k=0), Sampling()], "candidates"),
+        ([Sampling(temperature=0, top_k=0), Sampling()], "largest"),
+        ([Sampling(temperature=0, top_k=0, repeat_penalty=1.1), Sampling()], "candidates"),
         ([Sampling(top_k=0)], "any"),
         ([Sampling(top_k=65), Sampling(temperature=0)], "any"),
     ],
@@ -306,6 +307,8 @@ def test_every_method_that_serves_the_rows_chooses_the_same(rows, method):
     values = Sampling(**{n: jnp.asarray([getattr(row, n) for row in rows], value_dtype(n)) for n in names})
     keys, steps = row_keys(list(range(len(rows)))), jnp.arange(len(rows), dtype=jnp.int32)
     expected = sample(logits, values, keys, steps)
-    order = ("argmax", "greedy", "candidates", "any")  # each serves what those before it do
+    order = ("argmax", "greedy", "largest", "candidates", "any")  # of logits that are penalised already
     for able in order[order.index(method) :]:
-        assert np.array_equal(sample(logits, values, keys, steps, able), expected)
+        found = sample(logits, values, keys, steps, able)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert np.array_equal(expected[1], logits.max(axis=-1))
