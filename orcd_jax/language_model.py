@@ -34,7 +34,7 @@ from orcd_jax.prefix import Prefix, digest, load_prefix
 from orcd_jax.sampling import Method, Sampling, method_of, row_keys, value_dtype
 from orcd_jax.tokenizer import StreamDecoder, Tokenizer
 from pallas_kernels.flash_attention import HEAD_WIDTHS
-from pallas_kernels.implementation import on_hopper
+from pallas_kernels.implementation import compiled, on_hopper
 
 Kernels = Literal["auto", "xla", "mosaic_gpu"]
 FinishReason = Literal["stop", "length", "context", "interrupted"]  # the last: it had not ended
@@ -761,7 +761,7 @@ class LanguageModel:
         given = ((self.params,) if params else ()) + args
         with self.tracing():
             return programs.kept(
-                lambda: jax.jit(call, donate_argnums=donated).lower(*given).compile(),
+                lambda: compiled(jax.jit(call, donate_argnums=donated), *given),
                 self.device, given,
                 function.__module__, function.__qualname__, self.config, pallas_kernels.preferred(), donated, static,
             )  # fmt: skip

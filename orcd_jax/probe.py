@@ -19,6 +19,7 @@ from orcd_jax import decoding
 from orcd_jax.config import ModelConfig
 from orcd_jax.language_model import GREEDY, LanguageModel
 from orcd_jax.sampling import Method, Sampling, row_keys
+from pallas_kernels.implementation import compiled
 
 _FOREVER = 1 << 30
 Value = TypeVar("Value")
@@ -119,7 +120,7 @@ def _start(config: ModelConfig, batch: int, slots: int, sampling: Sampling) -> d
 def _compile(model: LanguageModel, decode: bool, steps: int, method: Method, *args: Any) -> jax.stages.Compiled:
     call = partial(_decode, model.config, steps, method) if decode else partial(_prefill, model.config, method)
     with model.tracing():
-        return jax.jit(call, donate_argnums=1).lower(model.params, *args).compile()
+        return compiled(jax.jit(call, donate_argnums=1), model.params, *args)
 
 
 def _decode(config: ModelConfig, steps: int, method: Method, params: Any, state: decoding.DecodeState) -> Any:

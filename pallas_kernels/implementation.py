@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -18,6 +19,7 @@ _preferred: ContextVar[str | None] = ContextVar("preferred_implementation", defa
 
 
 _KERNELS_NEED = (0, 11, 2)  # of JAX: Mosaic GPU as the kernels use it
+_lowering = threading.Lock()
 
 
 def on_hopper() -> bool:
@@ -43,6 +45,18 @@ def use(name: str) -> Iterator[None]:
         yield
     finally:
         _preferred.reset(token)
+
+
+def compiled(function: Any, *args: Any) -> jax.stages.Compiled:
+    """A jitted function compiled for arguments, in several threads at once if need be.
+
+    They take turns in tracing and lowering, which is Python's work: threads that lower kernels at the same time have
+    ended in segmentation faults, in jaxlib 0.11.2's Mosaic.
+    """
+    with _lowering:
+        lowered = function.lower(*args)
+    program: jax.stages.Compiled = lowered.compile()
+    return program
 
 
 def preferred() -> str | None:

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from pallas_kernels.implementation import on_hopper
+from pallas_kernels.implementation import compiled, on_hopper
 from pallas_kernels.quant_matmul import BLOCK
 from pallas_kernels.tuning import Choice, deciding, device_slug, entries
 
@@ -219,7 +219,7 @@ def measure(problem: Problem, inputs: tuple[Any, ...], settings: list[dict[tuple
 
         candidate.__name__ = f"candidate_{number}"
         with deciding(lambda choice: settings[number].get((choice.op, choice.key), choice.heuristic)):
-            return jax.jit(candidate).lower(*inputs).compile()
+            return compiled(jax.jit(candidate), *inputs)
 
     def attempt(number: int) -> Any:
         try:

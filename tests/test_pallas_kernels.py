@@ -6,6 +6,9 @@ n of them, each up to eps / 2 of its term, stay below 2 eps times the terms' 2-n
 
 import logging
 import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 
@@ -25,7 +28,7 @@ from pallas_kernels import (
     swiglu,
 )
 from pallas_kernels.flash_attention import Visibility
-from pallas_kernels.implementation import dispatch, use
+from pallas_kernels.implementation import compiled, dispatch, use
 from pallas_kernels.quant_matmul import IMPLEMENTATIONS as MATMULS
 from pallas_kernels.quant_matmul import dequantize
 from pallas_kernels.quant_matmul_argmax import greatest
@@ -437,6 +440,24 @@ def test_use_prefers_and_falls_back(caplog):
         with pallas_kernels.use(name):
             assert dispatch("op", fakes(), None, 1) == "second 1"
         assert name in caplog.records[0].getMessage()
+
+
+def test_threads_lower_in_turn_and_compile_together():
+    lowering, together = [], threading.Barrier(3, timeout=30)
+
+    class Function:
+        def lower(self, x):
+            lowering.append(x)
+            time.sleep(0.01)
+            assert lowering == [x]
+            lowering.clear()
+            return self
+
+        def compile(self):
+            return together.wait()
+
+    with ThreadPoolExecutor(3) as pool:
+        assert sorted(pool.map(partial(compiled, Function()), range(3))) == [0, 1, 2]
 
 
 def test_use_ends_with_its_block():
