@@ -153,14 +153,14 @@ def per_cent(values: Sequence[float]) -> str:
     return f"±{noise(values):.1%}"
 
 
-def axes(x: str, y: str, title: str) -> Any:
-    """An empty plot."""
+def axes(x: str, y: str, title: str, height: float = 4.5) -> Any:
+    """An empty plot, 8 inches wide."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    _, result = plt.subplots(figsize=(8, 4.5))
+    _, result = plt.subplots(figsize=(8, height))
     result.set(xlabel=x, ylabel=y, title=title)
     result.grid(alpha=0.3)
     return result

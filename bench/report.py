@@ -81,9 +81,13 @@ def run(name: str, passed_on: list[str], folder: Path) -> bool:
     result = json.loads(line)
     folder.mkdir(parents=True, exist_ok=True)
     parts = (name, result.get("model", ""), result.get("weights", ""), result["device"])
-    slug = "_".join(filter(None, (re.sub(r"[^\w.]+", "-", part.lower()) for part in parts)))
-    common.write(result, folder / f"{slug}.json")
+    common.write(result, folder / f"{'_'.join(filter(None, map(slug, parts)))}.json")
     return True
+
+
+def slug(text: str) -> str:
+    """A text as a part of a file's name."""
+    return re.sub(r"[^\w.]+", "-", text.lower())
 
 
 def between(text: str, name: str, content: str) -> str:
@@ -427,11 +431,22 @@ def hardware(results: list[Result]) -> str:
     )  # fmt: skip
 
 
-MIXED = ("overview", "strategies", "hardware")  # made of several benchmarks' results
+def rooflines(results: list[Result]) -> str:
+    """The plots that `roofline` makes of breakdowns."""
+    devices = dict.fromkeys(result["device"] for result in results if result["bench"] == "breakdown")
+    return "\n".join(f"![roofline, {device}](results/{roofline_name(device)})" for device in devices)
+
+
+def roofline_name(device: str) -> str:
+    """The file of a device's plot."""
+    return f"roofline_{slug(device)}.png"
+
+
+MIXED = ("overview", "rooflines", "strategies", "hardware")  # made of several benchmarks' results
 TABLES: dict[str, Callable[[list[Result]], str]] = {
-    "overview": overview, "breakdown": breakdown, "memory": memory, "full_context": full_context,
-    "strategies": strategies, "latency": latency, "throughput": throughput, "startup": startup,
-    "cache_policies": cache_policies, "compare": compare, "hardware": hardware, "kernels": kernels,
+    "overview": overview, "breakdown": breakdown, "rooflines": rooflines, "memory": memory,
+    "full_context": full_context, "strategies": strategies, "latency": latency, "throughput": throughput,
+    "startup": startup, "cache_policies": cache_policies, "compare": compare, "hardware": hardware, "kernels": kernels,
 }  # fmt: skip
 
 
@@ -442,9 +457,10 @@ def plots(results: list[Result], folder: Path) -> None:
     """Component bars, a roofline and the batch curves, for whatever was measured."""
     broken_down = [r for r in results if r["bench"] == "breakdown"]
     if broken_down:
-        axes = common.axes("share of the time", "", "where a step's time goes")
         bars = [(f"{r['model']}, {r['weights']}\n{r['device'][:24]}, {phase}", r[phase])
                 for r in broken_down for phase in ("prefill", "decode") if phase in r]  # fmt: skip
+        height = 1.5 + 0.5 * len(bars)
+        axes = common.axes("share of the time", "", "where a step's time goes", height)
         left = [0.0] * len(bars)
         shares = [{row["name"]: row["seconds"] / found["traced_s"] for row in found["components"]} for _, found in bars]
         for index, name in enumerate(COMPONENTS):
@@ -452,7 +468,7 @@ def plots(results: list[Result], folder: Path) -> None:
             colour = {"sampling": "black", "rest": "lightgrey", "gaps": "whitesmoke"}.get(name, f"C{index}")
             axes.barh([label for label, _ in bars], widths, left=left, label=name, color=colour)
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        axes.legend(fontsize=7, ncol=4, loc="lower center", bbox_to_anchor=(0.5, -0.45))
+        axes.legend(fontsize=7, ncol=4, loc="upper center", bbox_to_anchor=(0.3, -0.7 / height))
         common.save(axes, folder / "components.png")
     for device in {r["device"] for r in broken_down}:
         roofline([r for r in broken_down if r["device"] == device], folder)
@@ -484,8 +500,7 @@ def roofline(results: list[Result], folder: Path) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.legend(fontsize=7)
-    slug = re.sub(r"[^\w.]+", "-", first["device"].lower())
-    common.save(axes, folder / f"roofline_{slug}.png")
+    common.save(axes, folder / roofline_name(first["device"]))
 
 
 if __name__ == "__main__":
