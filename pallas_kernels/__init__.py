@@ -4,7 +4,8 @@ This package knows arrays only. Dimensions: B batch, T queries a row, S cache le
 width, N query heads, K key/value heads, G = N / K, H head width, V vocabulary.
 
 On Hopper the ops run on their kernels where those take the arguments, and elsewhere, or inside `with use("xla"):`, as
-XLA compiles the references.
+XLA compiles the references. Programs that use kernels are to be lowered by one thread at a time, see
+`implementation.compiled`.
 """
 
 from pallas_kernels.decode_step import decode_step
