@@ -215,9 +215,11 @@ def _emit(
     if method == "argmax" and top_logprobs is None:
         return _advance(state, *greatest(logits, known))
     masked = jnp.where(lax.broadcasted_iota(jnp.int32, logits.shape, 1) < known, logits, -jnp.inf)
-    # Logits as they are need not be written once more for a kernel.
-    given = logits if method == "largest" else penalize(masked, state.seen, state.sampling.repeat_penalty)
-    tokens, largest = sample(given, state.sampling, state.keys, state.cache.lengths, method, known)
+    if method == "largest":  # logits as they are need not be written once more for a kernel
+        given, count = logits, known
+    else:
+        given, count = penalize(masked, state.seen, state.sampling.repeat_penalty), None
+    tokens, largest = sample(given, state.sampling, state.keys, state.cache.lengths, method, count)
     state, emitted = _advance(state, largest, tokens)
     if top_logprobs is None:
         return state, emitted

@@ -661,11 +661,10 @@ class LanguageModel:
 
         # The first token waits neither for the compilation of what comes after it nor, of one row, which may be shown
         # as it comes, for the launch: that takes milliseconds, in which many rows' prefill still runs.
-        ready, following = dispatched < most and self._is_compiled(decoding.decode, (state,), **options), None
-        if ready and batch > 1:
-            following = dispatch()
+        ready = dispatched < most and self._is_compiled(decoding.decode, (state,), **options)
+        following = dispatch() if ready and batch > 1 else None
         pieces = accept(chunk)
-        if ready and batch == 1:
+        if ready and following is None:
             following = dispatch()
         yield pieces
         while not all(row.finish_reason for row in rows):

@@ -55,7 +55,7 @@ def test_it_is_the_order_of_a_stable_sort(monkeypatch, rows, width, k, known, cl
     [
         np.zeros(6000), np.full(6000, -np.inf), np.arange(6000.0), -np.arange(6000.0), np.tile([-0.0, 0.0], 3000),
         np.r_[np.full(64, np.inf), np.zeros(5936)], np.r_[np.zeros(5990), np.full(10, np.finfo(np.float32).max)],
-        # All that is large is in 64 groups, whose second look fills the list to its end.
+        # All that is large is in 64 groups, whose second look fills the list but for 7 places.
         (np.arange(6000) // 8 % 256 < 64) * 1.0, np.float32(1e-45) * (np.arange(6000) % 7),
     ],
     ids=["zeros", "nothing", "ascending", "descending", "both zeros", "infinite", "great", "few groups", "subnormal"],

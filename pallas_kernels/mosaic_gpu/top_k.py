@@ -28,6 +28,7 @@ THREADS = 32 * WARPS
 GROUPS = THREADS // 2
 TOGETHER = 4  # loads that a thread has on their way
 SHARED_BYTES = 110_000  # of a CTA, of which two find room on a multiprocessor
+SIGN = -(1 << 31)  # of a float32, by its bits
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,13 @@ class _Number:
     def store(self, address: Scalar) -> None:
         t.store_shared(address, self.order, self.inverse)
 
+    def words(self) -> list[Scalar]:
+        return [self.order, self.inverse]
+
+    def unless(self, condition: Scalar, other: _Number) -> _Number:
+        """This number, or the other one where the condition holds."""
+        return _Number(*(t.select(condition, b, a) for a, b in zip(self.words(), other.words(), strict=True)))
+
 
 def _numbers(address: Scalar, count: int = 1) -> list[_Number]:
     """One number in shared memory, or two neighbours of which the first has an even place."""
@@ -175,7 +183,7 @@ class _Kernel:
         numbers = []
         for i, word in enumerate(words):
             bits = (word.float() + 0.0).bits()  # no negative zero, and no negative NaN
-            order = bits ^ t.select(bits < -(1 << 31), t.constant(-(1 << 31)), -1)
+            order = bits ^ t.select(bits < SIGN, t.constant(SIGN), -1)
             whole = i == 0 or plan.known % plan.words == 0
             here = exists if whole else exists & (place + i < plan.known)
             numbers.append(_Number(t.select(here, order, 0), (place + i) ^ -1))
@@ -187,17 +195,14 @@ class _Kernel:
         def look(first: Scalar, order: Scalar, inverse: Scalar) -> list[Scalar]:
             best = _Number(order, inverse)
             for number in [n for i in range(TOGETHER) for n in self._load(first + i, self.thread)]:
-                greater = best.order < number.order  # places ascend
-                best = _Number(*(t.select(greater, *pair) for pair in zip(_words(number), _words(best), strict=True)))
-            return _words(best)
+                best = best.unless(best.order < number.order, number)  # places ascend
+            return best.words()
 
         nothing = [t.constant(0), self.thread]  # not the same in any two threads
         best = _Number(*t.loop(0, self.plan.turns, TOGETHER, nothing, look))
-        other = _Number(*(t.shuffle_xor(word, 1) for word in _words(best)))
+        other = _Number(*(t.shuffle_xor(word, 1) for word in best.words()))
         with t.when((self.thread & 1).equals(0)):
-            larger = best.less(other)
-            words = [t.select(larger, *pair) for pair in zip(_words(other), _words(best), strict=True)]
-            _Number(*words).store(self.maxima + self.thread * 4)
+            best.unless(best.less(other), other).store(self.maxima + self.thread * 4)
         self._synchronize()
 
     def _rank_groups(self) -> None:
@@ -258,7 +263,7 @@ class _Kernel:
             (own,) = _numbers(self.listed + i * 8)
             rank = self._greater(own, self.listed, count + count % 2)
             with t.when(rank < MOST):
-                for offset, word in enumerate(_words(own)):
+                for offset, word in enumerate(own.words()):
                     code = f"st.shared::cluster.b32 [$1 + {4 * offset}], $0;"
                     t.ptx(code, word, target + rank * 8)
             return []
@@ -280,10 +285,6 @@ class _Kernel:
             rank = rank + found
         with t.when((rank < plan.k) & own.order.differs(0)):
             at = ((self.row * plan.k + rank) * 4).wide()
-            bits = own.order ^ t.select(own.order < -(1 << 31), t.constant(-1), -(1 << 31))
+            bits = own.order ^ t.select(own.order < SIGN, t.constant(-1), SIGN)
             t.store_global(values + at, bits)
             t.store_global(places + at, own.inverse ^ -1)
-
-
-def _words(number: _Number) -> list[Scalar]:
-    return [number.order, number.inverse]
